@@ -1,0 +1,35 @@
+# Everything from a fresh machine with Python >= 3.10 and make. TL=3.9 uses TransformerLens 3.9 in an environment of its own.
+PYTHON ?= python3
+TL ?= 4
+comma := ,
+VENV := $(if $(filter 3.9,$(TL)),.venv-3.9,.venv)
+LENS := $(if $(filter 3.9,$(TL)),transformer_lens==3.9.0,transformer_lens>=4.3$(comma)<5)
+TORCH := torch==2.13.0# a CPU build on PyPI; any torch that is there already serves as well
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-slow lint bench install clean
+demo: install
+	$(VENV)/bin/tl-nodeprune demo
+
+test: install
+	$(RUN) -m pytest
+
+test-slow: install
+	$(RUN) -m pytest -m slow
+
+lint: install
+	$(RUN) -m ruff check . && $(RUN) -m mypy
+
+bench: install
+	$(RUN) tests/benchmarks/cost.py
+
+install: $(VENV)/.done
+$(VENV)/.done: pyproject.toml Makefile
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet "$(TORCH)"
+	$(RUN) -m pip install --quiet "$(LENS)" --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-3.9 build *.egg-info

@@ -1,0 +1,41 @@
+"""Multi-granular node pruning for circuit discovery (arXiv:2512.10903) as a TransformerLens plug-in.
+
+Importing this package gives TransformerBridge, and HookedTransformer where there is one, the methods `add_node_masks` and
+`remove_node_masks`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tl_nodeprune import crosscheck, tasks, toy, viz
+from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.evaluation import Evaluation, evaluate
+from tl_nodeprune.gates import HardConcrete
+from tl_nodeprune.gates import Step as StepGate
+from tl_nodeprune.masks import NodeMasks, add_node_masks, remove_node_masks
+from tl_nodeprune.nodes import GRANULARITIES
+from tl_nodeprune.objective import PaperObjective, kl_divergence
+from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.pruning import PruneResult, prune
+
+__version__ = "0.1.0"
+__all__ = [
+    "GRANULARITIES", "Ablation", "Circuit", "Evaluation", "HardConcrete", "NodeMasks", "PaperObjective", "PromptPairs", "PruneResult",
+    "StepGate", "add_node_masks", "crosscheck", "evaluate", "kl_divergence", "prune", "remove_node_masks", "tasks", "toy", "viz",
+]
+
+
+def _model_classes() -> list[Any]:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        from transformer_lens import HookedTransformer
+    except ImportError:  # removed in TransformerLens 4
+        return [TransformerBridge]
+    return [TransformerBridge, HookedTransformer]
+
+
+for _class in _model_classes():
+    _class.add_node_masks, _class.remove_node_masks = add_node_masks, remove_node_masks

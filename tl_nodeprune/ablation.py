@@ -1,0 +1,95 @@
+"""What takes a pruned node's place: one object for the search, the evaluation and `circuit.applied`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tl_nodeprune.hooks import capture_nodes
+from tl_nodeprune.prompts import PromptPairs
+
+ABLATIONS: tuple[str, ...] = ("interchange", "mean", "zero", "optimal")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Where the stand-in of a closed node comes from.
+
+    name: "interchange": the node's activation on the paired corrupted prompt; "mean": its mean over the clean prompts that
+        it was fitted on, per position; "zero": 0; "optimal": one learned constant per node (arXiv:2409.09951).
+    constants: by hook name; "mean" [pos ...], "optimal" [...] without batch and pos; empty for the others, and before `fit`.
+        For hook_resid_post it stands for what the block adds.
+    """
+
+    name: str = "interchange"
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in ABLATIONS:
+            raise ValueError(f"unknown ablation {self.name!r}; allowed: {', '.join(ABLATIONS)}.")
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it can serve without being fitted first."""
+        return self.name in ("interchange", "zero") or bool(self.constants)
+
+    def fit(self, model: Any, prompts: PromptPairs, hooks: Sequence[str], *, batch_size: int = 64) -> Ablation:
+        """With constants from the clean prompts: for "optimal" the mean over positions too, to start learning from."""
+        if self.fitted:
+            return self
+        sums, count = _position_sums(model, prompts, hooks, batch_size)
+        if self.name == "optimal":
+            return Ablation(self.name, {hook: (s.sum(0) / count.sum()) for hook, s in sums.items()})
+        return Ablation(self.name, {hook: s / count.view(-1, *[1] * (s.ndim - 1)) for hook, s in sums.items()})
+
+    def values(self, model: Any, prompts: PromptPairs, hooks: Sequence[str], *, batch_size: int = 64) -> dict[str, Tensor]:
+        """The stand-ins for these prompts, by hook name; each broadcasts to the hook's activation [batch pos ...].
+
+        Raises: ValueError where "mean" was fitted on shorter prompts, or constants for a hook are missing.
+        """
+        if self.name == "interchange":
+            runs = [capture_nodes(model, batch.corrupted, hooks) for batch in batches(prompts, batch_size)]
+            return {hook: torch.cat([run[hook] for run in runs]) for hook in hooks}
+        if self.name == "zero":
+            return {hook: torch.zeros((), device=prompts.clean.device) for hook in hooks}
+        missing = [hook for hook in hooks if hook not in self.constants]
+        if missing:
+            raise ValueError(f"ablation {self.name!r} has no constant for {missing[0]!r}; fit it on this model's prompts first.")
+        if self.name == "optimal":
+            return {hook: self.constants[hook].to(prompts.clean.device) for hook in hooks}
+        return {hook: self._means_to(hook, prompts) for hook in hooks}
+
+    def _means_to(self, hook: str, prompts: PromptPairs) -> Tensor:
+        means, width = self.constants[hook], prompts.clean.shape[1]
+        if len(means) < width:
+            raise ValueError(f"mean ablation was fitted on prompts of {len(means)} tokens, these have {width}; "
+                             "fit it on prompts at least as long, or use another ablation.")
+        return means[:width].to(prompts.clean.device)
+
+
+def as_ablation(given: str | Ablation) -> Ablation:
+    """An Ablation from its name; one that is there already as it is."""
+    return given if isinstance(given, Ablation) else Ablation(given)
+
+
+def batches(prompts: PromptPairs, batch_size: int) -> Iterator[PromptPairs]:
+    """The prompts in order, at most `batch_size` at a time."""
+    for start in range(0, len(prompts), batch_size):
+        yield prompts[start:start + batch_size]
+
+
+def _position_sums(model: Any, prompts: PromptPairs, hooks: Sequence[str], batch_size: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Sums over prompts of each hook's activation per position, padding left out, and how many prompts reach each position."""
+    sums: dict[str, Tensor] = {}
+    for batch in batches(prompts, batch_size):
+        real = batch.attention_mask
+        assert real is not None
+        for hook, activation in capture_nodes(model, batch.clean, hooks).items():
+            shaped = real.view(*real.shape, *[1] * (activation.ndim - 2)).to(activation)
+            sums[hook] = sums.get(hook, 0) + (activation * shaped).sum(0)
+    assert prompts.attention_mask is not None
+    return sums, prompts.attention_mask.sum(0).clamp(min=1)

@@ -1,0 +1,216 @@
+"""Trainable node masks on a model: attach, train, read, remove."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tl_nodeprune.ablation import Ablation, as_ablation
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.gates import Gate, HardConcrete
+from tl_nodeprune.hooks import Attachment, check_ready, device_of, find_attachment, find_nodes, inactive, mask_hooks
+from tl_nodeprune.nodes import GateKey, NodeSpace, combine, spread
+from tl_nodeprune.prompts import PromptPairs
+
+if TYPE_CHECKING:
+    from tl_nodeprune.pruning import PruneResult
+
+
+class NodeMasks(nn.Module):
+    """One learnable gate per node, kept outside the model; `parameters()` are the gates' scores and nothing else.
+
+    Made by `add_node_masks`. While attached every forward of the model uses the masks: their deterministic values, or a draw
+    inside `sampling`. `scores[f"{granularity}_{layer}"]` has the gate tensor's shape; `gate` turns scores into masks.
+    """
+
+    def __init__(self, space: NodeSpace, *, ablation: str | Ablation = "interchange", gate: Gate | None = None,
+                 device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.space, self.ablation, self.gate = space, as_ablation(ablation), gate or HardConcrete()
+        self.scores = nn.ParameterDict({
+            _name(key): nn.Parameter(torch.full(shape, self.gate.open_score, device=device)) for key, shape in space.shapes.items()
+        })
+        self._sampling: tuple[torch.Generator | None] | None = None
+        self._stand_ins: dict[str, Tensor] | None = None
+        self._attached: tuple[Any, Attachment, list[nn.Parameter]] | None = None
+
+    prune: Callable[..., PruneResult]
+    """`tl_nodeprune.prune` as a method; pruning.py sets it, so that its signature and docstring show in a notebook."""
+
+    def score(self, key: GateKey) -> nn.Parameter:
+        """The scores of one gate tensor."""
+        return self.scores[_name(key)]  # type: ignore[return-value]
+
+    def gate_values(self, key: GateKey) -> Tensor:
+        """One gate tensor's masks now: deterministic, or a fresh draw inside `sampling`."""
+        score = self.score(key)
+        return self.gate.value(score) if self._sampling is None else self.gate.sample(score, self._sampling[0])
+
+    def mask(self, hook: str) -> Tensor:
+        """A hook point's mask now: the product of its granularities' gates, at the hook's own shape, differentiable."""
+        return combine(self.space, hook, {key: self.gate_values(key) for key in self.space.at(hook)})
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """The hook-keyed dictionary of masks now, detached."""
+        with torch.no_grad():
+            return {hook: self.mask(hook).clone() for hook in self.space.hooks}
+
+    def expected_size(self) -> Tensor:
+        """Expected number of live leaf nodes: sum over leaves of P(open) times P(open) of every gate above. Scalar, differentiable."""
+        probability = {key: self.gate.probability(self.score(key)) for key in self.space.shapes}
+        total = torch.zeros((), device=self.score(next(iter(probability))).device)
+        for key in self.space.leaves():
+            live = probability[key]
+            for parent in self.space.ancestors(key):
+                live = live * spread(probability[parent], live.ndim)
+            total = total + live.sum()
+        return total
+
+    def to_circuit(self) -> Circuit:
+        """The thresholded, consistent circuit of the scores now."""
+        return Circuit(self.space, {key: self.gate.kept(self.score(key)) for key in self.space.shapes}, self.ablation)
+
+    def set_to(self, circuit: Circuit) -> None:
+        """Set the gates to a circuit: live ones fully open, all others fully closed."""
+        with torch.no_grad():
+            for key in self.space.shapes:
+                score, live = self.score(key), circuit.live(*key).to(self.score(key).device)
+                score.copy_(torch.where(live, self.gate.open_score, self.gate.closed_score))
+
+    @contextmanager
+    def sampling(self, generator: torch.Generator | None = None) -> Iterator[None]:
+        """Inside, each forward draws its masks at random, one draw shared by batch and positions."""
+        before, self._sampling = self._sampling, (generator,)
+        try:
+            yield
+        finally:
+            self._sampling = before
+
+    @contextmanager
+    def paired(self, prompts: PromptPairs) -> Iterator[None]:
+        """Inside, forwards on `prompts.clean` take their stand-ins from these prompts (for "interchange": one run on the
+        corrupted ones, here, without gradient)."""
+        with self.inactive():
+            self.ablation = self.ablation.fit(self.model, prompts, self.space.hooks)
+            values = self.ablation.values(self.model, prompts, self.space.hooks)
+        with self.standing_in(values):
+            yield
+
+    @contextmanager
+    def standing_in(self, values: dict[str, Tensor]) -> Iterator[None]:
+        """Inside, closed nodes take these values, by hook name; each broadcasts to the hook's activation."""
+        before, self._stand_ins = self._stand_ins, values
+        try:
+            yield
+        finally:
+            self._stand_ins = before
+
+    @contextmanager
+    def inactive(self) -> Iterator[None]:
+        """Inside, the model runs as if no masks were attached."""
+        with inactive(self._attached[1] if self._attached else None):
+            yield
+
+    @property
+    def attached(self) -> bool:
+        return self._attached is not None and self._attached[1].alive
+
+    @property
+    def model(self) -> Any:
+        """The model that the masks are attached to. Raises RuntimeError when they are not."""
+        if not self.attached or self._attached is None:
+            raise RuntimeError("these masks are not attached to a model; call model.add_node_masks() and use what it returns.")
+        return self._attached[0]
+
+    def attach(self, model: Any) -> None:
+        """Hang the masks on a model and freeze its weights, until `remove`. Raises RuntimeError where masks are attached already."""
+        _check_free(model)
+        frozen = [p for p in model.parameters() if p.requires_grad]
+        attachment = Attachment(model, mask_hooks(self.space.hooks, self._mask_in_forward, self._stand_in), owner=self)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        self._attached = (model, attachment, frozen)
+
+    def remove(self) -> None:
+        """Take the masks off; weights get their requires_grad back. Does nothing the second time."""
+        if self._attached is not None:
+            _, attachment, frozen = self._attached
+            attachment.remove()
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            self._attached = None
+
+    def _mask_in_forward(self, hook: str) -> Tensor:
+        mask = self.mask(hook)
+        if self._stand_ins is None and bool((mask == 1).all()):
+            return mask.detach()  # nothing to mix in: an open gate then lets the activation through untouched
+        return mask
+
+    def _stand_in(self, hook: str) -> Tensor:
+        if self._stand_ins is not None:
+            return self._stand_ins[hook]
+        if self.ablation.name == "zero":
+            return torch.zeros((), device=self.score(self.space.at(hook)[0]).device)
+        if self.ablation.name == "optimal" and self.ablation.fitted:
+            return self.ablation.constants[hook]
+        raise RuntimeError(
+            f"{hook} has closed gates and nothing stands in for them: {self.ablation.name!r} ablation needs the prompts. "
+            "Run inside `with masks.paired(prompts):`, or use ablation=\"zero\"."
+        )
+
+
+def add_node_masks(model: Any, granularities: Iterable[str] | None = None, *, layers: Iterable[int] | None = None,
+                   ablation: str | Ablation = "interchange", gate: Gate | None = None) -> NodeMasks:
+    """Hang a gate on every node of a HookedTransformer or TransformerBridge, all open: the model's outputs stay bit-identical.
+
+    granularities: some of "layer", "attn", "mlp", "head", "attn_neuron", "mlp_neuron", "mlp_out"; None: all that the model has.
+    layers: which; negative ones count from the end; None: all.
+    ablation: "interchange", "mean", "zero" or "optimal", see `Ablation`.
+    gate: how scores become masks; None: HardConcrete.
+
+    Returns the masks; `remove_node_masks(model)` takes them off. Weights are frozen in between.
+    Raises: ValueError for a granularity or layer that is unknown or that the model lacks; RuntimeError where masks or a
+    circuit are attached already. Nothing is attached then.
+    """
+    chosen = as_ablation(ablation)
+    if hasattr(model, "hook_dict"):
+        _check_free(model)
+        check_ready(model)
+    space = find_nodes(model).restrict(granularities, layers)
+    masks = NodeMasks(space, ablation=chosen, gate=gate, device=device_of(model))
+    masks.attach(model)
+    return masks
+
+
+def remove_node_masks(model: Any) -> None:
+    """Take the masks of `add_node_masks` off; no hook of this library is left. Raises RuntimeError where there are none."""
+    attachment = find_attachment(model)
+    if attachment is None or not isinstance(attachment.owner, NodeMasks):
+        raise RuntimeError("this model has no node masks to remove; model.add_node_masks() attaches them.")
+    attachment.owner.remove()
+
+
+@contextmanager
+def masks_off(model: Any) -> Iterator[None]:
+    """Inside, masks attached to the model do nothing. Raises RuntimeError where a circuit is applied to it."""
+    attachment = find_attachment(model)
+    if attachment is not None and not isinstance(attachment.owner, NodeMasks):
+        raise RuntimeError("a circuit is applied to this model; leave its `with` block first.")
+    with inactive(attachment):
+        yield
+
+
+def _check_free(model: Any) -> None:
+    attachment = find_attachment(model)
+    if attachment is not None:
+        what = "node masks are" if isinstance(attachment.owner, NodeMasks) else "a circuit is"
+        raise RuntimeError(f"{what} attached to this model already; call model.remove_node_masks() "
+                           "or leave the circuit's `with` block first.")
+
+
+def _name(key: GateKey) -> str:
+    return f"{key.granularity}_{key.layer}"

@@ -1,0 +1,238 @@
+"""The nodes of a transformer: granularities, the hook points they live at, their shapes and their nesting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+GRANULARITIES: tuple[str, ...] = ("layer", "attn", "mlp", "head", "attn_neuron", "mlp_neuron", "mlp_out")
+"""Coarse to fine: a granularity stands before every one below it."""
+
+HOOKS: dict[str, str] = {
+    "layer": "hook_resid_post",
+    "attn": "hook_attn_out",
+    "mlp": "hook_mlp_out",
+    "head": "attn.hook_z",
+    "attn_neuron": "attn.hook_z",
+    "mlp_neuron": "mlp.hook_post",
+    "mlp_out": "hook_mlp_out",
+}
+PARENTS: dict[str, str] = {
+    "attn": "layer",
+    "mlp": "layer",
+    "head": "attn",
+    "attn_neuron": "head",
+    "mlp_neuron": "mlp",
+    "mlp_out": "mlp",
+}
+LEAVES: tuple[str, ...] = ("attn_neuron", "mlp_neuron", "mlp_out")
+
+
+class GateKey(NamedTuple):
+    """One gate tensor: all nodes of one granularity in one layer."""
+
+    granularity: str
+    layer: int
+
+    @property
+    def hook(self) -> str:
+        """The hook point's name, as HookedTransformer spells it (a bridge knows it as an alias)."""
+        return f"blocks.{self.layer}.{HOOKS[self.granularity]}"
+
+
+@dataclass(frozen=True)
+class NodeSpace:
+    """The nodes of a model, gated and not: shapes by (granularity, layer), and what it takes to count parameters.
+
+    shapes: of the gate tensors; "layer", "attn", "mlp" are [], "head" [head], "attn_neuron" [head d_head],
+        "mlp_neuron" [d_mlp], "mlp_out" [d_model].
+    present: the same for every granularity and layer that the model has, whether gated here or not.
+    """
+
+    shapes: dict[GateKey, tuple[int, ...]]
+    present: dict[GateKey, tuple[int, ...]]
+    d_model: int
+    n_layers: int
+    kv_heads: int
+    gated_mlp: bool
+    model_name: str = ""
+
+    @property
+    def granularities(self) -> tuple[str, ...]:
+        have = {key.granularity for key in self.shapes}
+        return tuple(name for name in GRANULARITIES if name in have)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({key.layer for key in self.shapes}))
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Names of the gated hook points, in order of layer and of the forward pass."""
+        order = ("attn.hook_z", "hook_attn_out", "mlp.hook_post", "hook_mlp_out", "hook_resid_post")
+        names = {key.hook for key in self.shapes}
+        return tuple(n for layer in self.layers for o in order if (n := f"blocks.{layer}.{o}") in names)
+
+    def width(self, hook: str) -> tuple[int, ...]:
+        """A mask's shape at a hook point: that of the finest granularity living there."""
+        return max((shape for key, shape in self.present.items() if key.hook == hook), key=len)
+
+    def at(self, hook: str) -> list[GateKey]:
+        """The gate tensors that multiply into a hook point's mask, coarse first."""
+        keys = [GateKey(name, layer_of(hook)) for name in GRANULARITIES]
+        return [key for key in keys if key in self.shapes and key.hook == hook]
+
+    def children(self, key: GateKey) -> list[GateKey]:
+        """The nearest gated tensors below a gate tensor (a head's when the attention block between is not gated)."""
+        found = []
+        for name, parent in PARENTS.items():
+            child = GateKey(name, key.layer)
+            if parent == key.granularity and child in self.present:
+                found += [child] if child in self.shapes else self.children(child)
+        return found
+
+    def covered(self, key: GateKey) -> bool:
+        """Whether all that lies below a gate is gated too, so that it is dead when everything below it is."""
+        below = [GateKey(name, key.layer) for name, parent in PARENTS.items() if parent == key.granularity]
+        below = [child for child in below if child in self.present]
+        if key.granularity == "mlp":
+            return any(child in self.shapes for child in below)
+        return bool(below) and all(child in self.shapes or self.covered(child) for child in below)
+
+    def ancestors(self, key: GateKey) -> list[GateKey]:
+        """The gated tensors above a gate tensor, nearest first."""
+        found, name = [], key.granularity
+        while name in PARENTS:
+            name = PARENTS[name]
+            if GateKey(name, key.layer) in self.shapes:
+                found.append(GateKey(name, key.layer))
+        return found
+
+    def leaves(self) -> list[GateKey]:
+        """The gate tensors that have nothing gated below them."""
+        return [key for key in self.shapes if not self.children(key)]
+
+    def totals(self) -> dict[str, int]:
+        """How many nodes there are, by granularity."""
+        counts = {name: 0 for name in self.granularities}
+        for key, shape in self.shapes.items():
+            counts[key.granularity] += math.prod(shape)
+        return counts
+
+    def restrict(self, granularities: Iterable[str] | None = None, layers: Iterable[int] | None = None) -> NodeSpace:
+        """The same space with only some granularities and layers gated.
+
+        Raises: ValueError for an unknown or empty choice, or a granularity or layer that the model lacks.
+        """
+        chosen = check_granularities(granularities, self.granularities)
+        kept_layers = check_layers(layers, self.n_layers)
+        shapes = {k: s for k, s in self.shapes.items() if k.granularity in chosen and k.layer in kept_layers}
+        if not shapes:
+            raise ValueError(f"layers={sorted(kept_layers)} have no node of granularity {chosen}: nothing to gate.")
+        return replace(self, shapes=shapes)
+
+
+def layer_of(hook: str) -> int:
+    """The layer in a hook point's name, "blocks.L.…"."""
+    return int(hook.split(".")[1])
+
+
+def check_granularities(given: Iterable[str] | None, available: tuple[str, ...]) -> tuple[str, ...]:
+    """The granularities asked for, in order; all available ones for None. Raises ValueError on any other name."""
+    if given is None:
+        return available
+    names = [given] if isinstance(given, str) else list(given)
+    for name in names:
+        if name not in GRANULARITIES:
+            raise ValueError(f"unknown granularity {name!r}; allowed: {', '.join(GRANULARITIES)}.")
+        if name not in available:
+            raise ValueError(f"this model has no {name!r} nodes; it has: {', '.join(available)}. Leave it out.")
+    if not names:
+        raise ValueError(f"granularities is empty; give one or more of {', '.join(available)}, or None for all.")
+    return tuple(name for name in GRANULARITIES if name in names)
+
+
+def check_layers(given: Iterable[int] | None, n_layers: int) -> frozenset[int]:
+    """The layers asked for (negative ones count from the end); all for None. Raises ValueError on any other value."""
+    if given is None:
+        return frozenset(range(n_layers))
+    layers = [given] if isinstance(given, int) else list(given)
+    for layer in layers:
+        if not isinstance(layer, int) or not -n_layers <= layer < n_layers:
+            raise ValueError(f"layer {layer!r} does not exist; this model has layers 0 to {n_layers - 1}.")
+    if not layers:
+        raise ValueError(f"layers is empty; give some of 0 to {n_layers - 1}, or None for all.")
+    return frozenset(layer % n_layers for layer in layers)
+
+
+Gates = dict[GateKey, "torch.Tensor"]
+
+
+def settle(space: NodeSpace, gates: Gates) -> Gates:
+    """Live nodes: own gate open, every gate above open, and, where all below is gated, something below live. Bool tensors.
+
+    This is what makes a set of thresholded gates consistent: no live child under a closed parent, no hollow parent.
+    """
+    live = {key: gates[key].bool() for key in gates}
+    fine_first = sorted(live, key=lambda key: -GRANULARITIES.index(key.granularity))
+    for key in fine_first:
+        if space.covered(key):
+            live[key] = live[key] & _any_below([live[child] for child in space.children(key)], live[key].ndim)
+    for key in reversed(fine_first):
+        for parent in space.ancestors(key)[:1]:
+            live[key] = live[key] & spread(live[parent], live[key].ndim)
+    return live
+
+
+def spread(coarse: torch.Tensor, ndim: int) -> torch.Tensor:
+    """A coarse gate shaped to multiply with gates below it: [] stays, [head] becomes [head 1]."""
+    return coarse.unsqueeze(-1) if coarse.ndim and ndim > coarse.ndim else coarse
+
+
+def _any_below(children: list[torch.Tensor], ndim: int) -> torch.Tensor:
+    anys = [child.flatten(ndim).any(-1) if child.ndim > ndim else child for child in children]
+    return torch.stack(anys).any(0)
+
+
+def combine(space: NodeSpace, hook: str, gates: Gates) -> torch.Tensor:
+    """A hook point's mask: the product of its granularities' gates, at the hook's own shape."""
+    width = space.width(hook)
+    product = None
+    for key in space.at(hook):
+        gate = spread(gates[key], len(width))
+        product = gate if product is None else product * gate
+    if product is None:
+        raise ValueError(f"{hook} is not gated; gated are {', '.join(space.hooks)}.")
+    return product.expand(width)
+
+
+def count_parameters(space: NodeSpace, live: Gates) -> int:
+    """Weight-matrix entries of attention and MLPs that the live nodes need (no biases, norms, embeddings).
+
+    A key head is needed while a query head of its group is live, a value dim while one of the group reads it; a neuron costs
+    its row in W_in (and W_gate) and, in W_out, one entry per live output dim. MLPs without neuron nodes (Mixtral) count 0.
+    """
+    total = 0
+    for layer in range(space.n_layers):
+        z = _live_leaf(space, live, GateKey("attn_neuron", layer))
+        if z is not None:
+            heads, groups = z.any(1), z.view(space.kv_heads, -1, z.shape[1]).any(1)
+            total += space.d_model * (z.shape[1] * int(heads.sum() + groups.any(1).sum()) + int(z.sum() + groups.sum()))
+        neurons, outs = (_live_leaf(space, live, GateKey(name, layer)) for name in ("mlp_neuron", "mlp_out"))
+        if neurons is not None and outs is not None:
+            n, o = int(neurons.sum()), int(outs.sum())
+            total += n * (space.d_model * (2 if space.gated_mlp else 1) + o) if o else 0
+    return total
+
+
+def _live_leaf(space: NodeSpace, live: Gates, key: GateKey) -> torch.Tensor | None:
+    """Which of the finest nodes are live, gated themselves or through the nearest gate above; None where the model lacks them."""
+    if key not in space.present:
+        return None
+    nearest = [k for k in (key, *space.ancestors(key)) if k in live][:1]
+    gate = spread(live[nearest[0]], len(space.present[key])) if nearest else torch.ones((), dtype=torch.bool)
+    return gate.cpu().expand(space.present[key])

@@ -1,0 +1,233 @@
+"""Prompts in pairs: clean and corrupted, with the answers that tell them apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_nodeprune.hooks import answer_logits, device_of
+
+FILL = -1
+"""Stands for "no further answer" in rows of `answers` that have fewer than the longest."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptPairs:
+    """Clean prompts, corrupted prompts of the same shape, and the next tokens to tell apart.
+
+    clean, corrupted: [batch pos] token ids.
+    answers, wrong_answers: [batch], or [batch k] where several tokens are right; rows with fewer are filled with -1.
+    attention_mask: [batch pos], 1 at real tokens of both clean and corrupted; None: no padding. Left-padded prompts are
+        shifted to the left edge here (causal models then need no mask at all, nor do TransformerLens' own tools).
+    answer_positions: [batch], where the answer is predicted, as an index into `clean` as given; None: at the last real token.
+
+    Raises: ValueError for anything that does not fit together.
+    """
+
+    clean: Int[Tensor, "batch pos"]
+    corrupted: Int[Tensor, "batch pos"]
+    answers: Int[Tensor, "batch"] | Int[Tensor, "batch k"]
+    wrong_answers: Int[Tensor, "batch"] | Int[Tensor, "batch k"]
+    attention_mask: Bool[Tensor, "batch pos"] | None = None
+    answer_positions: Int[Tensor, "batch"] | None = None
+
+    def __post_init__(self) -> None:
+        _check_tokens(self.clean, self.corrupted)
+        _check_answers(self.clean, self.answers, self.wrong_answers)
+        mask = _check_mask(self.clean, self.attention_mask)
+        positions = mask.shape[1] - 1 - mask.flip(1).long().argmax(1) if self.answer_positions is None else self.answer_positions
+        _check_positions(positions, mask)
+        shift = mask.long().argmax(1)
+        order = (torch.arange(mask.shape[1], device=mask.device) + shift[:, None]) % mask.shape[1]
+        for name, value in (("clean", self.clean), ("corrupted", self.corrupted), ("attention_mask", mask)):
+            object.__setattr__(self, name, value.gather(1, order))
+        object.__setattr__(self, "answer_positions", positions - shift)
+
+    @classmethod
+    def from_strings(
+        cls, model: Any, clean: Sequence[str], corrupted: Sequence[str], answers: Sequence[Any], wrong_answers: Sequence[Any]
+    ) -> PromptPairs:
+        """Tokenise with the model's tokenizer; prompts of several lengths are padded on the right.
+
+        answers, wrong_answers: a string each, or a list of strings where several are right; every one a single token
+            (mind the leading space: " Mary").
+
+        Raises: ValueError where a pair differs in token length or an answer is not one token.
+        """
+        lists = {"clean": clean, "corrupted": corrupted, "answers": answers, "wrong_answers": wrong_answers}
+        if len({len(v) for v in lists.values()}) != 1 or not len(clean):
+            raise ValueError(f"from_strings needs lists of one equal length above 0; got {({k: len(v) for k, v in lists.items()})}.")
+        rows = [(_tokens(model, a), _tokens(model, b)) for a, b in zip(clean, corrupted, strict=True)]
+        for i, (a, b) in enumerate(rows):
+            if len(a) != len(b):
+                raise ValueError(f"prompt {i}: clean has {len(a)} tokens and corrupted {len(b)}; they must align token by "
+                                 f"token.\n  clean:     {clean[i]!r}\n  corrupted: {corrupted[i]!r}")
+        width, lengths = max(len(a) for a, _ in rows), torch.tensor([len(a) for a, _ in rows])
+        pad = lambda ids: torch.cat([ids, ids.new_zeros(width - len(ids))])  # noqa: E731
+        return cls(
+            clean=torch.stack([pad(a) for a, _ in rows]), corrupted=torch.stack([pad(b) for _, b in rows]),
+            answers=_answer_tokens(model, answers), wrong_answers=_answer_tokens(model, wrong_answers),
+            attention_mask=torch.arange(width)[None] < lengths[:, None],
+        ).to(device_of(model))
+
+    @classmethod
+    def from_jsonl(cls, model: Any, path: str | Path) -> PromptPairs:
+        """From a file with one JSON object a line: {"clean": str, "corrupted": str, "answer": str, "wrong": str}."""
+        columns: dict[str, list[Any]] = {"clean": [], "corrupted": [], "answer": [], "wrong": []}
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                for name, column in columns.items():
+                    column.append(row[name])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: expected a JSON object with the keys {', '.join(columns)}; "
+                                 f"{type(error).__name__}: {error}") from error
+        if not columns["clean"]:
+            raise ValueError(f"{path} holds no prompt; expected one JSON object a line with the keys {', '.join(columns)}.")
+        return cls.from_strings(model, *columns.values())
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> PromptPairs:
+        """Some of the prompts; a single index gives a batch of one."""
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"prompt {index} does not exist; there are {len(self)}.")
+            index = [index]
+        rows = torch.arange(len(self))[index if isinstance(index, slice) else torch.as_tensor(index).cpu()]
+        if not len(rows):
+            raise ValueError(f"no prompt left of {len(self)} by indexing with {index!r}; PromptPairs holds one or more.")
+        return PromptPairs(**{f.name: getattr(self, f.name)[rows.to(self.clean.device)] for f in fields(self)})
+
+    def to(self, device: torch.device | str) -> PromptPairs:
+        """The same prompts on another device."""
+        return PromptPairs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def split(self, share: float, seed: int) -> tuple[PromptPairs, PromptPairs]:
+        """Two disjoint sets at random, the first with `share` of the prompts (at least one prompt in each)."""
+        if not 0 < share < 1 or len(self) < 2:
+            raise ValueError(f"split needs 0 < share < 1 and 2 prompts or more; got share={share} and {len(self)} prompts.")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        cut = min(max(round(share * len(self)), 1), len(self) - 1)
+        return self[order[:cut]], self[order[cut:]]
+
+    def correct(self, model: Any, *, batch_size: int = 64) -> PromptPairs:
+        """Those prompts that the model answers right: answer logit > wrong logit. ValueError where it answers none."""
+        right = torch.cat([self[i:i + batch_size].logit_diff(_logits(model, self[i:i + batch_size])) > 0
+                           for i in range(0, len(self), batch_size)])
+        if not right.any():
+            raise ValueError(f"the model answers none of the {len(self)} prompts right; is the tokenizer, the task or the model another's?")
+        return self[right.nonzero()[:, 0]]
+
+    def logit_diff(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch"]:
+        """Answer logit - wrong logit at the answer positions; for several answers, log-sum-exp over each side.
+
+        With p the model's probabilities this is `log(p(answers) / p(wrong answers))`.
+        """
+        return _pooled(logits, self.answers) - _pooled(logits, self.wrong_answers)
+
+    def check_fits(self, model: Any) -> None:
+        """Raises ValueError where a token id is outside the model's vocabulary, or the prompts are longer than its context."""
+        size = int(model.cfg.d_vocab)
+        for name in ("clean", "corrupted", "answers", "wrong_answers"):
+            top = int(getattr(self, name).max())
+            if top >= size:
+                raise ValueError(f"{name} holds token id {top}, but the model's vocabulary ends at {size - 1}; "
+                                 "were the prompts made with another tokenizer?")
+        if self.clean.shape[1] > (n_ctx := int(getattr(model.cfg, "n_ctx", 0) or 1 << 30)):
+            raise ValueError(f"prompts have {self.clean.shape[1]} tokens, but the model's context is {n_ctx}.")
+
+
+def _logits(model: Any, prompts: PromptPairs) -> Tensor:
+    prompts.check_fits(model)
+    assert prompts.answer_positions is not None
+    with torch.no_grad():
+        return answer_logits(model, prompts.clean, prompts.answer_positions, sliced=False)
+
+
+def _pooled(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-sum-exp of the logits of each row's tokens, FILL left out."""
+    table = tokens if tokens.ndim == 2 else tokens[:, None]
+    picked = logits.gather(1, table.clamp(min=0))
+    return picked.masked_fill(table == FILL, -torch.inf).logsumexp(1)
+
+
+def _tokens(model: Any, text: str) -> Tensor:
+    return model.to_tokens(text)[0].cpu()  # type: ignore[no-any-return]
+
+
+def _answer_tokens(model: Any, answers: Sequence[Any]) -> Tensor:
+    rows = [[answer] if isinstance(answer, str) else list(answer) for answer in answers]
+    ids = [[_single_token(model, text) for text in row] for row in rows]
+    width = max(len(row) for row in ids)
+    table = torch.tensor([row + [FILL] * (width - len(row)) for row in ids])
+    return table[:, 0] if width == 1 else table
+
+
+def _single_token(model: Any, text: str) -> int:
+    ids = model.to_tokens(text, prepend_bos=False)[0].tolist()
+    if len(ids) != 1:
+        raise ValueError(f"the answer {text!r} is {len(ids)} tokens ({ids}); an answer is one token. "
+                         "Is a leading space missing, or one too many? Otherwise choose other words.")
+    return int(ids[0])
+
+
+def _check_tokens(clean: Tensor, corrupted: Tensor) -> None:
+    for name, value in (("clean", clean), ("corrupted", corrupted)):
+        if value.ndim != 2 or value.is_floating_point() or value.dtype == torch.bool:
+            raise ValueError(f"{name} must be integer token ids [batch pos]; got {value.dtype} {tuple(value.shape)}.")
+        if not value.numel():
+            raise ValueError(f"{name} is empty, {tuple(value.shape)}; give one prompt or more, of one token or more.")
+        if int(value.min()) < 0:
+            raise ValueError(f"{name} holds the token id {int(value.min())}; ids start at 0.")
+    if clean.shape != corrupted.shape:
+        raise ValueError(f"clean is {tuple(clean.shape)} and corrupted {tuple(corrupted.shape)}; they must have one shape, "
+                         "aligned token by token and padded alike.")
+
+
+def _check_answers(clean: Tensor, answers: Tensor, wrong: Tensor) -> None:
+    for name, value in (("answers", answers), ("wrong_answers", wrong)):
+        if value.ndim not in (1, 2) or value.is_floating_point() or len(value) != len(clean):
+            raise ValueError(f"{name} must be integer token ids [batch] or [batch k] with batch={len(clean)}; "
+                             f"got {value.dtype} {tuple(value.shape)}.")
+        table = value.reshape(len(value), -1)
+        if int(table.min()) < FILL or not (table != FILL).any(1).all():
+            raise ValueError(f"{name} must have one token id or more in each row, and {FILL} only as filler; got {table.tolist()[:3]}…")
+    a, w = answers.reshape(len(clean), -1, 1), wrong.reshape(len(clean), 1, -1)
+    same = ((a == w) & (a != FILL)).flatten(1).any(1)
+    if same.any():
+        row = int(same.nonzero()[0])
+        raise ValueError(f"prompt {row}: the answer and the wrong answer share a token ({answers[row].tolist()} and "
+                         f"{wrong[row].tolist()}); they must differ.")
+
+
+def _check_mask(clean: Tensor, attention_mask: Tensor | None) -> Tensor:
+    if attention_mask is None:
+        return torch.ones_like(clean, dtype=torch.bool)
+    mask = attention_mask.to(clean.device).bool()
+    if mask.shape != clean.shape:
+        raise ValueError(f"attention_mask is {tuple(mask.shape)}, but clean and corrupted are {tuple(clean.shape)}.")
+    runs = (mask.long().diff(dim=1) == 1).sum(1) + mask[:, 0].long()
+    if (runs != 1).any():
+        row = int((runs != 1).nonzero()[0])
+        raise ValueError(f"attention_mask of prompt {row} is {mask[row].int().tolist()}; each needs one unbroken run of 1, "
+                         "with padding on the left or the right.")
+    return mask
+
+
+def _check_positions(positions: Tensor, mask: Tensor) -> None:
+    if positions.shape != mask.shape[:1] or positions.is_floating_point():
+        raise ValueError(f"answer_positions must be integers [batch] with batch={len(mask)}; got {positions.dtype} {tuple(positions.shape)}.")
+    inside = (positions >= 0) & (positions < mask.shape[1])
+    if not inside.all() or not mask.gather(1, positions[:, None].to(mask.device)).all():
+        raise ValueError(f"answer_positions must point at real tokens, 0 to {mask.shape[1] - 1}; got {positions.tolist()[:8]}…")

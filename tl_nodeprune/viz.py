@@ -1,0 +1,87 @@
+"""Pictures of a circuit: plotly figures and circuitsvis views, each returned for you to restyle or save."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import circuitsvis as cv
+import numpy as np
+import plotly.graph_objects as go
+import torch
+from circuitsvis.utils.render import RenderedHTML
+from plotly.subplots import make_subplots
+
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.hooks import capture
+from tl_nodeprune.masks import masks_off
+from tl_nodeprune.nodes import GRANULARITIES
+from tl_nodeprune.prompts import PromptPairs
+
+_TITLES = {"layer": "layers", "attn": "attention blocks", "mlp": "MLP blocks", "head": "heads", "attn_neuron": "attention neurons",
+           "mlp_neuron": "MLP neurons", "mlp_out": "MLP output dims"}
+
+
+def mask_map(circuit: Circuit) -> go.Figure:
+    """What is live, layer by layer: a heatmap of heads, and one of the live share of every granularity."""
+    space, layers = circuit.space, [str(layer) for layer in circuit.space.layers]
+    names = [name for name in GRANULARITIES if name in space.granularities]
+    shares = np.array([[_share(circuit, name, layer) for name in names] for layer in space.layers], dtype=float)
+    heads = _heads(circuit)
+    fig = make_subplots(rows=1, cols=2 if heads is not None else 1, horizontal_spacing=0.12,
+                        subplot_titles=[*(["live share of each head"] if heads is not None else []), "live share by granularity"])
+    common = {"zmin": 0, "zmax": 1, "colorscale": "Blues", "xgap": 1, "ygap": 1, "coloraxis": "coloraxis"}
+    if heads is not None:
+        fig.add_trace(go.Heatmap(z=heads, y=layers, x=[str(i) for i in range(heads.shape[1])], **common,
+                                 hovertemplate="layer %{y}, head %{x}: %{z:.0%} of its dims live<extra></extra>"), row=1, col=1)
+        fig.update_xaxes(title_text="head", row=1, col=1)
+    fig.add_trace(go.Heatmap(z=shares, y=layers, x=[_TITLES[name] for name in names], **common,
+                             hovertemplate="layer %{y}, %{x}: %{z:.1%} live<extra></extra>"), row=1, col=2 if heads is not None else 1)
+    fig.update_yaxes(title_text="layer", type="category")
+    fig.update_xaxes(type="category")
+    fig.update_layout(coloraxis={"colorscale": "Blues", "cmin": 0, "cmax": 1, "colorbar": {"title": "live", "tickformat": ".0%"}},
+                      title=f"{circuit.size:,} of {circuit.size_total:,} leaf nodes live ({circuit.ablation.name} ablation)")
+    return fig
+
+
+def kept_neurons(model: Any, circuit: Circuit, prompts: PromptPairs, *, prompt: int = 0, most: int = 50) -> RenderedHTML:
+    """circuitsvis view of the live MLP neurons' activations on one clean prompt, layer by layer.
+
+    prompt: which of the prompts. most: neurons shown per layer at most, the lowest indices first.
+    Raises: ValueError where the circuit has no live MLP neuron or no such prompt.
+    """
+    if "mlp_neuron" not in circuit.space.granularities or not circuit.nodes("mlp_neuron"):
+        raise ValueError("this circuit has no live MLP neuron to show.")
+    circuit.check_fits(model)
+    one = prompts[prompt]
+    layers = [layer for layer in circuit.space.layers if ("mlp_neuron", layer) in circuit.space.shapes and circuit.live("mlp_neuron", layer).any()]
+    with masks_off(model):
+        seen = capture(model, one.clean, [f"blocks.{layer}.mlp.hook_post" for layer in layers])
+    picked = {layer: circuit.live("mlp_neuron", layer).nonzero()[:most, 0] for layer in layers}
+    assert one.attention_mask is not None
+    real = one.attention_mask[0]
+    values = [seen[f"blocks.{layer}.mlp.hook_post"][0][real].float().cpu()[:, picked[layer]] for layer in layers]
+    tokens = [html.escape(token) for token in model.to_str_tokens(one.clean[0][real])]
+    return cv.activations.text_neuron_activations(
+        tokens=tokens, activations=[value.unsqueeze(1) for value in values] if len(values) == 1 else _stacked(values),
+        first_dimension_name="Layer", second_dimension_name="Neuron",
+        first_dimension_labels=[str(layer) for layer in layers],
+        second_dimension_labels=[str(i) for i in range(max(v.shape[1] for v in values))])
+
+
+def _stacked(values: list[torch.Tensor]) -> torch.Tensor:
+    width = max(value.shape[1] for value in values)
+    return torch.stack([torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values], dim=1)
+
+
+def _share(circuit: Circuit, granularity: str, layer: int) -> float:
+    if (granularity, layer) not in circuit.space.shapes:
+        return float("nan")
+    return float(circuit.live(granularity, layer).float().mean())
+
+
+def _heads(circuit: Circuit) -> np.ndarray | None:
+    rows = [circuit[hook].mean(1).numpy() for hook in circuit if hook.endswith("hook_z")]
+    if not rows or len({len(row) for row in rows}) != 1 or len(rows) != len(circuit.space.layers):
+        return None
+    return np.stack(rows)
