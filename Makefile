@@ -26,7 +26,6 @@ bench: install
 install: $(VENV)/.done
 $(VENV)/.done: pyproject.toml Makefile
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet "$(TORCH)"
 	$(RUN) -m pip install --quiet "$(LENS)" --editable ".[dev]"
 	touch $@

@@ -20,9 +20,9 @@ from tl_nodeprune.masks import NodeMasks, masks_off
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.objective import LossFn, PaperObjective, Reference, kl_divergence
 from tl_nodeprune.prompts import PromptPairs
-from tl_nodeprune.search import Budget, Landscape, Search, Snapshot
+from tl_nodeprune.search import GIVEN, TURNED, Budget, Landscape, Search, Snapshot
 
-MIRROR_SHARE = 0.8
+TURNED_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,10 @@ def _search(masks: NodeMasks, model: Any, prompts: PromptPairs, budget: Budget, 
             steps: int, batch_size: int, step_prompts: int, cache_bytes: int) -> tuple[Circuit, float]:
     with masks.inactive():
         ablation = masks.ablation.fit(model, prompts, masks.space.hooks, batch_size=batch_size)
-        own = budget.loss is not kl_divergence
-        searched = prompts if own else mirrored(model, prompts, batch_size)
+        searched, groups = sample(model, prompts, budget, batch_size)
         hooks = tuple(hook for hook in masks.space.hooks if any(not masks.space.covered(key) for key in masks.space.at(hook)))
         reference = Reference(model, searched, ablation, hooks, batch_size=batch_size, cache_bytes=cache_bytes)
-        landscape = Landscape(masks.space, reference, budget, n_given=len(prompts))
+        landscape = Landscape(masks.space, reference, budget, groups)
         best = Search(landscape, steps=steps, step_prompts=step_prompts, generator=generator, record=record).run()
         circuit = landscape.circuit(_without_moot(landscape, best), best.ablation)
         masks.ablation = best.ablation
@@ -170,16 +169,25 @@ def _paper(masks: NodeMasks, model: Any, prompts: PromptPairs, objective: PaperO
     return circuit, binary_loss(model, circuit, prompts, kl_divergence, batch_size)
 
 
-def mirrored(model: Any, prompts: PromptPairs, batch_size: int = 64) -> PromptPairs:
-    """The prompts and, where the full model mostly prefers the wrong answer on the corrupted ones, those pairs turned round."""
+def sample(model: Any, prompts: PromptPairs, budget: Budget, batch_size: int) -> tuple[PromptPairs, torch.Tensor]:
+    """The prompts that a search runs on, and each one's group: GIVEN, or TURNED (see `turned`)."""
+    again = turned(model, prompts, batch_size) if budget.loss is kl_divergence else None
+    if again is None:
+        return prompts, torch.full((len(prompts),), GIVEN)
+    both = {name: torch.cat([getattr(prompts, name), getattr(again, name)]) for name in PromptPairs.__dataclass_fields__}
+    return PromptPairs(**both), torch.tensor([GIVEN] * len(prompts) + [TURNED] * len(again))
+
+
+def turned(model: Any, prompts: PromptPairs, batch_size: int) -> PromptPairs | None:
+    """Clean and corrupted exchanged, the answers too, for those pairs where the full model prefers the wrong answer on the corrupted
+    prompt; None unless it does on 80 % of them, since only then the corrupted prompts are prompts of the task themselves."""
     swapped = PromptPairs(prompts.corrupted, prompts.clean, prompts.wrong_answers, prompts.answers, prompts.attention_mask,
                           prompts.answer_positions)
     logits = torch.cat([full_logits(model, batch) for batch in batches(swapped, batch_size)])
     flips = swapped.logit_diff(logits) > 0
-    if flips.float().mean() < MIRROR_SHARE or prompts.answers.shape != prompts.wrong_answers.shape:
-        return prompts
-    turned = swapped[flips.nonzero()[:, 0]]
-    return PromptPairs(**{name: torch.cat([getattr(prompts, name), getattr(turned, name)]) for name in prompts.__dataclass_fields__})
+    if flips.float().mean() < TURNED_SHARE or prompts.answers.shape != prompts.wrong_answers.shape:
+        return None
+    return swapped[flips.nonzero()[:, 0]]
 
 
 def _without_moot(landscape: Landscape, best: Snapshot) -> torch.Tensor:

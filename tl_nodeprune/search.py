@@ -24,6 +24,7 @@ PATH = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85)
 RATE, RATE_DECAY = 0.3, 60
 WINDOW, SHRINK, GROW, STALLED = 10, 0.85, 1.12, 0.97
 HINGE_WEIGHT, DISAGREEMENT = 0.1, 0.02
+GIVEN, TURNED = 0, 1  # groups of prompts
 PATIENCE = 9  # windows without a smaller circuit
 
 Record = Callable[[int, float, int, float], None]
@@ -62,12 +63,12 @@ class Snapshot:
 class Landscape:
     """Losses and gradients of circuits, given as one flat vector of gates [node] over all free gate tensors.
 
-    n_given: the first so many of the reference's prompts are the user's, the others were turned round (`pruning.mirrored`).
+    groups: of the reference's prompts, see `pruning.sample`; a circuit is judged by its worst group.
     Free are the leaves and the gates above something ungated; a coarse gate that is covered follows what is below it.
     """
 
-    def __init__(self, space: NodeSpace, reference: Reference, budget: Budget, n_given: int) -> None:
-        self.space, self.reference, self.budget, self.n_given = space, reference, budget, n_given
+    def __init__(self, space: NodeSpace, reference: Reference, budget: Budget, groups: Tensor) -> None:
+        self.space, self.reference, self.budget, self.groups = space, reference, budget, groups
         self.keys: list[GateKey] = [key for key in space.shapes if not space.covered(key)]
         self.sizes = [int(torch.Size(space.shapes[key]).numel()) for key in self.keys]
         self.n = sum(self.sizes)
@@ -85,7 +86,7 @@ class Landscape:
     def measure(self, flat: Tensor, rows: Tensor) -> tuple[float, float]:
         """The loss, and the share of prompts on which the circuit chooses unlike the full model.
 
-        The loss is a mean over prompts: over the given ones or over the turned ones among `rows`, whichever is more.
+        The loss is the highest of the groups' means over their prompts among `rows`.
         """
         with torch.no_grad():
             return self._accumulate(flat, rows, step=None)
@@ -110,14 +111,14 @@ class Landscape:
             _check_finite(logits, "the circuit" if step is None else f"the circuit at step {step}")
             wanted = loss = self.budget.loss(logits, full, prompts)
             if self.budget.loss is kl_divergence:
-                wanted = loss + HINGE_WEIGHT * choice_hinge(logits, full, prompts)
-                wrong += float((prompts.logit_diff(logits) * prompts.logit_diff(full) < 0).sum())
+                hinge = choice_hinge(logits, full, prompts)
+                wanted = loss + HINGE_WEIGHT * hinge
+                wrong += float((hinge > 0).sum())
             if flat.requires_grad:
                 (wanted.sum() / len(rows)).backward()
             losses.append(loss.detach().cpu())
-        per_prompt, given = torch.cat(losses), rows < self.n_given
-        sides = [per_prompt[side].mean() for side in (given, ~given) if side.any()]
-        return float(max(sides)), wrong / len(rows)
+        per_prompt, group = torch.cat(losses), self.groups[rows]
+        return max(float(per_prompt[group == g].mean()) for g in group.unique()), wrong / len(rows)
 
     def _run(self, flat: Tensor, rows: Tensor) -> Tensor:
         gates, stand_ins = self.gates(flat), self.constants or self.reference.stand_ins(rows)
@@ -197,7 +198,9 @@ class Search:
         kept, rows = self._top(k, self.scores), self._rows()
         loss, disagreement, gradient = self.landscape.gradient(self._placed(kept.float()), rows, step)
         violation = self.budget.violation(loss, disagreement)
-        improved = self._better(kept, violation) and self._keep(kept, violation, loss, whole=len(rows) == len(self.everything))
+        if violation <= 1 and self.budget.max_size is None and len(rows) < len(self.everything):
+            violation, loss = self._violation(kept, self.everything)
+        improved = self._better(kept, violation) and self._keep(kept, violation, loss)
         gradient = gradient.cpu()
         self.scores = self.scores - RATE / (1 + step / RATE_DECAY) * gradient / _rms(gradient)
         self.record(step, loss, k, float(self.scores.topk(k).values[-1]))
@@ -208,9 +211,9 @@ class Search:
             return self.best is None or violation < self.best.violation
         return violation <= 1 and (self.best is None or int(kept.sum()) < self.best.size)
 
-    def _keep(self, kept: Tensor, violation: float, loss: float, *, whole: bool) -> bool:
-        """Remember a circuit, measured on all prompts first where the step saw only some."""
-        if not whole or self.landscape.constants:
+    def _keep(self, kept: Tensor, violation: float, loss: float) -> bool:
+        """Remember a circuit; measured again where its constants have just moved on."""
+        if self.landscape.constants:
             violation, loss = self._violation(kept, self.everything)
             if not self._better(kept, violation):
                 return False

@@ -1,0 +1,74 @@
+"""Fixtures: the embedded model on its own task, and the check that this library leaves nothing on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import tl_nodeprune as tlnp
+from tl_nodeprune.hooks import find_attachment
+
+Toy = tuple[Any, tlnp.PromptPairs]
+
+
+def assert_no_hooks(model: Any) -> None:
+    """No attachment of ours, and no hook of anybody's."""
+    assert find_attachment(model) is None
+    left = {name: len(point.fwd_hooks) for name, point in dict(model.hook_dict).items() if point.fwd_hooks}
+    assert not left, f"hooks left: {left}"
+
+
+@pytest.fixture(scope="session")
+def no_hooks_left() -> Callable[[Any], None]:
+    return assert_no_hooks
+
+
+@pytest.fixture(scope="session")
+def toy() -> Toy:
+    return tlnp.toy.load("ioi", n=24)
+
+
+@pytest.fixture(scope="session", params=["TransformerBridge", "HookedTransformer"])
+def each_toy(request: pytest.FixtureRequest) -> Toy:
+    """The embedded model as each of TransformerLens' classes; HookedTransformer is gone from version 4."""
+    try:
+        return tlnp.toy.load("ioi", n=24, model_class=request.param)
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture()
+def fresh_toy() -> Toy:
+    """A model of its own for tests that change it."""
+    return tlnp.toy.load("ioi", n=24)
+
+
+@pytest.fixture(scope="session")
+def other_model(toy: Toy) -> Any:
+    """A model of other shape, untrained, with the same tokenizer."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    torch.manual_seed(0)
+    hf = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=199)).eval()
+    return TransformerBridge.boot_transformers("gpt2", hf_model=hf, tokenizer=toy[0].tokenizer, device="cpu").eval()
+
+
+@pytest.fixture(autouse=True)
+def _shared_models_stay_clean(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test that uses a shared model must leave it without hooks; a test that fails must not spoil the next."""
+    models = [request.getfixturevalue(name)[0] for name in ("toy", "each_toy") if name in request.fixturenames]
+    yield
+    try:
+        for model in models:
+            assert_no_hooks(model)
+            assert all(p.requires_grad for p in model.parameters())
+    finally:
+        for model in models:
+            for point in dict(model.hook_dict).values():
+                point.remove_hooks("both", including_permanent=True)
+                point.ctx.clear()
+            model.requires_grad_(True)

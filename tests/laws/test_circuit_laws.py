@@ -1,0 +1,97 @@
+"""Laws of frozen circuits: set algebra on leaves, consistency, save and load, and the seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tl_nodeprune as tlnp
+from tl_nodeprune.hooks import find_nodes
+
+Toy = tuple[Any, tlnp.PromptPairs]
+# every coarse gate here is covered by finer ones or a leaf itself, so that complement is defined on leaves alone
+SUBSETS = [None, ("layer",), ("head", "mlp"), ("attn", "head"), ("attn", "attn_neuron"), ("head", "attn_neuron", "mlp_out"),
+           ("mlp", "mlp_neuron", "mlp_out"), ("layer", "attn", "mlp"), ("layer", "head", "mlp_neuron")]
+
+
+def random_circuit(space: Any, seed: int, share: float = 0.7) -> tlnp.Circuit:
+    generator = torch.Generator().manual_seed(seed)
+    return tlnp.Circuit(space, {key: torch.rand(shape, generator=generator) < share for key, shape in space.shapes.items()})
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("granularities", SUBSETS)
+def test_complement_and_joins(toy: Toy, granularities: Any, seed: int) -> None:
+    space = find_nodes(toy[0]).restrict(granularities)
+    c, d = random_circuit(space, seed), random_circuit(space, seed + 10, 0.4)
+    full, empty = tlnp.Circuit.full(space), tlnp.Circuit.empty(space)
+    assert ~~c == c
+    assert (c & ~c) == empty and (c & ~c).size == 0
+    assert (c | ~c) == full and (c | ~c).size == c.size_total
+    assert (c & d) == (d & c) and (c | d) == (d | c) and (c & full) == c and (c | empty) == c
+    assert ~full == empty and ~empty == full
+    assert c.size + (~c).size == c.size_total and c.iou(c) == 1 and c.iou(~c) == 0
+    for key in space.leaves():
+        assert not (c.live(*key) & (~c).live(*key)).any()
+
+
+def test_complement_keeps_exactly_the_pruned_leaves_under_an_uncovered_gate(toy: Toy) -> None:
+    """"layer" above "head" alone: the layer's MLP is not gated, so the layer gate is no mere sum of its leaves."""
+    space = find_nodes(toy[0]).restrict(("layer", "head"))
+    c = tlnp.Circuit(space, {key: torch.ones(shape) * (key.layer != 1) for key, shape in space.shapes.items()})
+    assert ~~c == c and (c & ~c).size == 0
+    assert (c | ~c).size == c.size_total, "~ keeps exactly the leaves that were pruned"
+
+
+@pytest.mark.parametrize("granularities", SUBSETS)
+def test_circuits_are_consistent(toy: Toy, granularities: Any) -> None:
+    space = find_nodes(toy[0]).restrict(granularities)
+    c = random_circuit(space, 5, 0.3)
+    for key in space.shapes:
+        live = c.live(*key)
+        for parent in space.ancestors(key):
+            above = c.live(*parent)
+            assert not (live & ~tlnp.nodes.spread(above, live.ndim)).any(), "a live child under a closed parent"
+        if space.covered(key) and live.ndim == 0:
+            assert bool(live) == any(bool(c.live(*child).any()) for child in space.children(key)), "a hollow parent"
+    assert all(set(mask.unique().tolist()) <= {0.0, 1.0} and mask.dtype == torch.float32 for mask in c.values())
+
+
+def test_circuit_is_frozen(toy: Toy) -> None:
+    c = tlnp.Circuit.full(find_nodes(toy[0]))
+    hook = next(iter(c))
+    c[hook].zero_()
+    c.masks[hook].zero_()
+    c.live("layer", 0).zero_()
+    assert c == tlnp.Circuit.full(c.space) and bool((c[hook] == 1).all())
+
+
+@pytest.mark.parametrize("ablation", ["interchange", "zero", "mean", "optimal"])
+def test_save_then_load_is_the_same(toy: Toy, tmp_path: Path, ablation: str) -> None:
+    model, prompts = toy
+    space = find_nodes(model).restrict(None, layers=[0, -1])
+    fitted = tlnp.Ablation(ablation).fit(model, prompts, space.hooks)
+    c = tlnp.Circuit(space, random_circuit(space, 2)._live, fitted)
+    c.save(tmp_path / "c.safetensors")
+    back = tlnp.Circuit.load(tmp_path / "c.safetensors")
+    assert back == c and back.space == c.space and back.ablation.name == ablation and list(back) == list(c)
+    assert all(torch.equal(back[hook], c[hook]) for hook in c)
+    assert set(back.ablation.constants) == set(fitted.constants) == (set(space.hooks) if ablation in ("mean", "optimal") else set())
+    assert all(torch.equal(back.ablation.constants[hook], value) for hook, value in fitted.constants.items())
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]  # no part file left
+    assert tlnp.evaluate(model, back, prompts) == tlnp.evaluate(model, c, prompts)
+
+
+def test_same_seed_same_circuit(toy: Toy) -> None:
+    model, prompts = toy
+    found = []
+    for _ in range(2):
+        masks = model.add_node_masks()
+        found.append(masks.prune(prompts, max_kl=0.2, steps=20, seed=3, step_prompts=16, progress=False))
+        assert masks.attached and masks.to_circuit() == found[-1].circuit
+        model.remove_node_masks()
+    assert found[0].circuit == found[1].circuit and found[0].kl == found[1].kl
+    assert found[0].converged == (found[0].kl <= 0.2)

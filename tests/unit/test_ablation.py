@@ -1,0 +1,68 @@
+"""Stand-ins: each ablation against values worked out from the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tl_nodeprune as tlnp
+from tl_nodeprune.hooks import find_nodes
+
+Toy = tuple[Any, tlnp.PromptPairs]
+HOOKS = ["blocks.0.attn.hook_z", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"]
+
+
+def added(cache: Any, hook: str) -> torch.Tensor:
+    """What a hook point adds: for a layer the change of the residual stream."""
+    return cache[hook] - cache[hook.replace("post", "pre")] if "resid" in hook else cache[hook]  # type: ignore[no-any-return]
+
+
+def test_mean_is_per_position_without_padding(toy: Toy) -> None:
+    model, prompts = toy
+    _, cache = model.run_with_cache(prompts.clean)
+    real = prompts.attention_mask
+    assert real is not None and not real.all()
+    fitted = tlnp.Ablation("mean").fit(model, prompts, HOOKS, batch_size=7)
+    optimal = tlnp.Ablation("optimal").fit(model, prompts, HOOKS)
+    for hook in HOOKS:
+        x = added(cache, hook)
+        by_hand = torch.stack([x[real[:, pos], pos].mean(0) for pos in range(x.shape[1])])
+        torch.testing.assert_close(fitted.constants[hook], by_hand, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(optimal.constants[hook], x[real].mean(0), atol=1e-5, rtol=1e-4)
+    assert fitted.fit(model, prompts[:3], HOOKS) is fitted  # what is fitted stays so
+
+
+def test_interchange_and_zero(toy: Toy) -> None:
+    model, prompts = toy
+    _, cache = model.run_with_cache(prompts.corrupted)
+    values = tlnp.Ablation().values(model, prompts, HOOKS, batch_size=5)
+    for hook in HOOKS:
+        torch.testing.assert_close(values[hook], added(cache, hook), atol=1e-5, rtol=1e-4)
+    assert all(float(v) == 0 for v in tlnp.Ablation("zero").values(model, prompts, HOOKS).values())
+
+
+def test_mean_on_other_lengths(toy: Toy) -> None:
+    model, prompts = toy
+    short = tlnp.PromptPairs(prompts.clean[:, :15], prompts.corrupted[:, :15], prompts.answers, prompts.wrong_answers)
+    fitted = tlnp.Ablation("mean").fit(model, prompts, HOOKS)
+    assert all(len(v) == 15 for v in fitted.values(model, short, HOOKS).values())
+    with pytest.raises(ValueError, match="prompts of 15 tokens, these have 17"):
+        tlnp.Ablation("mean").fit(model, short, HOOKS).values(model, prompts, HOOKS)
+
+
+def test_errors(toy: Toy) -> None:
+    model, prompts = toy
+    with pytest.raises(ValueError, match="unknown ablation 'noise'"):
+        tlnp.Ablation("noise")
+    with pytest.raises(ValueError, match=r"'mean' has no constant for 'blocks\.0\.attn\.hook_z'"):
+        tlnp.Ablation("mean").values(model, prompts, HOOKS)
+
+
+def test_zero_ablation_is_the_embedding_alone(toy: Toy) -> None:
+    model, prompts = toy
+    empty = tlnp.Circuit.empty(find_nodes(model), tlnp.Ablation("zero"))
+    with empty.applied(model, prompts):
+        _, cache = model.run_with_cache(prompts.clean)
+    torch.testing.assert_close(cache["blocks.2.hook_resid_post"], cache["blocks.0.hook_resid_pre"], atol=1e-6, rtol=0)

@@ -1,0 +1,127 @@
+"""Attaching and removing masks: every refusal, and that nothing is attached after one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tl_nodeprune as tlnp
+from tl_nodeprune.hooks import find_nodes
+from tl_nodeprune.nodes import GateKey, NodeSpace
+
+Toy = tuple[Any, tlnp.PromptPairs]
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    ({"granularities": ["head", "neuron"]}, "unknown granularity 'neuron'; allowed: layer, attn"),
+    ({"granularities": "heads"}, "unknown granularity 'heads'"),
+    ({"granularities": []}, "granularities is empty"),
+    ({"layers": [0, 3]}, "layer 3 does not exist; this model has layers 0 to 2"),
+    ({"layers": [-4]}, "layer -4 does not exist"),
+    ({"layers": ["0"]}, "layer '0' does not exist"),
+    ({"layers": []}, "layers is empty"),
+    ({"ablation": "noise"}, "unknown ablation 'noise'; allowed: interchange, mean, zero, optimal"),
+])
+def test_refusals_attach_nothing(toy: Toy, no_hooks_left: Callable[[Any], None], options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        toy[0].add_node_masks(**options)
+    no_hooks_left(toy[0])
+
+
+def test_a_granularity_that_the_model_lacks() -> None:
+    present = {GateKey("layer", 0): (), GateKey("attn", 0): (), GateKey("head", 0): (2,), GateKey("attn_neuron", 0): (2, 3)}
+    space = NodeSpace(present, present, d_model=6, n_layers=1, kv_heads=2, gated_mlp=False)
+    with pytest.raises(ValueError, match="this model has no 'mlp_neuron' nodes; it has: layer, attn, head, attn_neuron"):
+        space.restrict(["head", "mlp_neuron"])
+    assert space.restrict(None).granularities == ("layer", "attn", "head", "attn_neuron")
+
+
+def test_no_transformer_lens_model() -> None:
+    with pytest.raises(TypeError, match="HookedTransformer or TransformerBridge, got Linear"):
+        tlnp.add_node_masks(nn.Linear(2, 2))
+
+
+def test_masks_twice_and_removal_of_none(toy: Toy) -> None:
+    model, prompts = toy
+    with pytest.raises(RuntimeError, match="no node masks to remove"):
+        model.remove_node_masks()
+    masks = model.add_node_masks(("head",))
+    try:
+        with pytest.raises(RuntimeError, match="node masks are attached to this model already"):
+            model.add_node_masks(("mlp",))
+        with pytest.raises(RuntimeError, match="attached to this model already"), masks.to_circuit().applied(model, prompts):
+            pass
+        assert masks.attached
+    finally:
+        model.remove_node_masks()
+    masks.remove()  # the second time does nothing
+    with pytest.raises(RuntimeError, match="not attached to a model"):
+        _ = masks.model
+    with tlnp.Circuit.empty(masks.space).applied(model, prompts):  # (a full circuit needs no hook at all)
+        with pytest.raises(RuntimeError, match="a circuit is attached to this model already"):
+            model.add_node_masks()
+        with pytest.raises(RuntimeError, match="no node masks to remove"):
+            model.remove_node_masks()
+        with pytest.raises(RuntimeError, match="a circuit is applied"):
+            tlnp.evaluate(model, masks.to_circuit(), prompts)
+
+
+def test_training_mode_with_dropout(fresh_toy: Toy, no_hooks_left: Callable[[Any], None]) -> None:
+    model, prompts = fresh_toy
+    circuit = tlnp.Circuit.full(find_nodes(model))
+    model.train()
+    next(module for module in model.modules() if isinstance(module, nn.Dropout)).p = 0.1
+    for use in (model.add_node_masks, lambda: tlnp.evaluate(model, circuit, prompts), lambda: circuit.fwd_hooks(model, prompts)):
+        with pytest.raises(RuntimeError, match="training mode with dropout.*model.eval"):
+            use()
+    no_hooks_left(model)
+    model.eval()
+    masks = model.add_node_masks()
+    model.train()
+    with pytest.raises(RuntimeError, match="training mode with dropout"):
+        masks.prune(prompts, max_kl=0.1, progress=False)
+
+
+def test_nodes_of_the_toy(each_toy: Toy) -> None:
+    space = find_nodes(each_toy[0])
+    assert space.totals() == {"layer": 3, "attn": 3, "mlp": 3, "head": 12, "attn_neuron": 288, "mlp_neuron": 1152, "mlp_out": 288}
+    assert tlnp.Circuit.full(space).parameters == 3 * 12 * 96 * 96  # 4 attention matrices, 2 of the MLP with 4 times the width
+    only = space.restrict(("head",), layers=[-1])
+    assert only.hooks == ("blocks.2.attn.hook_z",) and only.layers == (2,)
+
+
+def test_set_to_and_back(toy: Toy) -> None:
+    space = find_nodes(toy[0])
+    masks = tlnp.NodeMasks(space)
+    generator = torch.Generator().manual_seed(0)
+    circuit = tlnp.Circuit(space, {key: torch.rand(shape, generator=generator) < 0.6 for key, shape in space.shapes.items()})
+    masks.set_to(circuit)
+    assert masks.to_circuit() == circuit
+    assert all(torch.equal(masks.as_dict()[hook], circuit[hook]) for hook in circuit)
+
+
+def test_sampling_draws_afresh_and_reproducibly(toy: Toy) -> None:
+    masks = tlnp.NodeMasks(find_nodes(toy[0]).restrict(("mlp_neuron",)))
+    with torch.no_grad():
+        for score in masks.parameters():
+            score.zero_()
+    hook = "blocks.0.mlp.hook_post"
+    with masks.sampling(torch.Generator().manual_seed(0)):
+        a, b = masks.mask(hook), masks.mask(hook)
+    with masks.sampling(torch.Generator().manual_seed(0)):
+        assert torch.equal(masks.mask(hook), a) and not torch.equal(a, b)
+    assert (masks.mask(hook) == 0.5).all()  # deterministic again outside
+
+
+def test_masks_gone_with_permanent_hooks_can_still_be_removed(fresh_toy: Toy) -> None:
+    """A user's `reset_hooks(including_permanent=True)` takes our hooks too; the weights must not stay frozen for ever."""
+    model, _ = fresh_toy
+    masks = model.add_node_masks()
+    model.reset_hooks(including_permanent=True)
+    assert not masks.attached
+    masks.remove()
+    assert all(p.requires_grad for p in model.parameters())

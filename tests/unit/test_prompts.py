@@ -1,0 +1,177 @@
+"""PromptPairs: what it takes, what it refuses, padding, several answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tl_nodeprune as tlnp
+from tl_nodeprune.hooks import answer_logits
+from tl_nodeprune.prompts import FILL
+
+Toy = tuple[Any, tlnp.PromptPairs]
+IDS, ONE, TWO = torch.arange(6).view(2, 3), torch.tensor([1, 1]), torch.tensor([2, 2])
+ROW = {"clean": "So Mary is a really good friend, isn't", "corrupted": "So John is a really good friend, isn't",
+       "answer": " she", "wrong": " he"}
+
+
+@pytest.mark.parametrize(("given", "text"), [
+    ({"corrupted": torch.zeros(2, 4).long()}, r"clean is \(2, 3\) and corrupted \(2, 4\)"),
+    ({"clean": torch.zeros(0, 3).long(), "corrupted": torch.zeros(0, 3).long()}, r"clean is empty, \(0, 3\)"),
+    ({"clean": torch.zeros(2, 0).long()}, r"clean is empty, \(2, 0\)"),
+    ({"clean": IDS.float()}, "clean must be integer token ids.*torch.float32"),
+    ({"clean": IDS[0]}, r"clean must be integer.*\(3,\)"),
+    ({"clean": -IDS}, "clean holds the token id -5"),
+    ({"answers": TWO}, r"prompt 0: .*share a token \(2 and 2\)"),
+    ({"answers": torch.tensor([[1, FILL], [1, 2]])}, r"prompt 1: .*share a token"),
+    ({"answers": torch.tensor([1])}, r"answers must be .*batch=2.*\(1,\)"),
+    ({"answers": torch.tensor([1.0, 1.0])}, "answers must be integer"),
+    ({"wrong_answers": torch.tensor([[FILL, FILL], [2, 2]])}, "wrong_answers must have one token id or more"),
+    ({"attention_mask": torch.tensor([[1, 0, 1], [1, 1, 1]])}, r"attention_mask of prompt 0 is \[1, 0, 1\]"),
+    ({"attention_mask": torch.tensor([[0, 0, 0], [1, 1, 1]])}, r"attention_mask of prompt 0 is \[0, 0, 0\]"),
+    ({"attention_mask": torch.ones(2, 2)}, r"attention_mask is \(2, 2\).*\(2, 3\)"),
+    ({"answer_positions": torch.tensor([0, 3])}, r"answer_positions must point at real tokens.*\[0, 3\]"),
+    ({"answer_positions": torch.tensor([0])}, r"answer_positions must be integers \[batch\] with batch=2"),
+    ({"answer_positions": torch.tensor([0, 2]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}, r"real tokens.*\[0, 2\]"),
+])
+def test_refuses_what_does_not_fit(given: dict[str, Tensor], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        tlnp.PromptPairs(**({"clean": IDS, "corrupted": IDS, "answers": ONE, "wrong_answers": TWO} | given))
+
+
+@pytest.mark.parametrize("name", ["clean", "corrupted", "answers", "wrong_answers"])
+def test_token_ids_outside_the_vocabulary(toy: Toy, name: str) -> None:
+    model, prompts = toy
+    values = {f: getattr(prompts, f).clone() for f in ("clean", "corrupted", "answers", "wrong_answers")}
+    values[name].view(-1)[-1] = 5000
+    bad = tlnp.PromptPairs(**values)
+    with pytest.raises(ValueError, match=rf"{name} holds token id 5000.*ends at 198"):
+        bad.check_fits(model)
+    with pytest.raises(ValueError, match="5000"):
+        tlnp.evaluate(model, tlnp.Circuit.full(tlnp.hooks.find_nodes(model)), bad)
+
+
+def test_prompts_longer_than_the_context(toy: Toy) -> None:
+    long = torch.ones(1, 40).long()
+    with pytest.raises(ValueError, match="40 tokens, but the model's context is 32"):
+        tlnp.PromptPairs(long, long, torch.tensor([1]), torch.tensor([2])).check_fits(toy[0])
+
+
+def test_from_strings_refuses(toy: Toy) -> None:
+    make = lambda *lists: tlnp.PromptPairs.from_strings(toy[0], *lists)  # noqa: E731
+    clean, corrupted = [ROW["clean"]], [ROW["corrupted"]]
+    with pytest.raises(ValueError, match=r"' Mary John' is 2 tokens"):
+        make(clean, corrupted, [" Mary John"], [" he"])
+    with pytest.raises(ValueError, match="must differ"):
+        make(clean, corrupted, [" he"], [" he"])
+    with pytest.raises(ValueError, match=r"prompt 0: clean has \d+ tokens and corrupted 3"):
+        make(clean, ["So Mary"], [" she"], [" he"])
+    with pytest.raises(ValueError, match="'clean': 0"):
+        make([], [], [], [])
+    with pytest.raises(ValueError, match="'wrong_answers': 2"):
+        make(clean, corrupted, [" she"], [" he", " she"])
+
+
+def test_jsonl_round_trip_and_bad_line(toy: Toy, tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text(json.dumps(ROW) + "\n\n" + json.dumps(ROW) + "\n")
+    prompts = tlnp.PromptPairs.from_jsonl(toy[0], path)
+    assert len(prompts) == 2 and toy[0].tokenizer.decode(prompts.answers[0]) == "she"
+    for bad in ('{"clean": "a"}', "not json", "[1]", '"text"'):
+        path.write_text(json.dumps(ROW) + "\n\n" + bad + "\n")
+        with pytest.raises(ValueError, match="line 3.*clean, corrupted, answer, wrong"):
+            tlnp.PromptPairs.from_jsonl(toy[0], path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="task.jsonl holds no prompt"):
+        tlnp.PromptPairs.from_jsonl(toy[0], path)
+
+
+def test_jsonl_names_the_line_of_a_value_that_is_no_string(toy: Toy, tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW | {"clean": 5}) + "\n")
+    with pytest.raises(ValueError, match="line 2"):
+        tlnp.PromptPairs.from_jsonl(toy[0], path)
+
+
+def test_split_is_disjoint_and_reproducible(toy: Toy) -> None:
+    ids = torch.arange(20).view(10, 2)
+    prompts = tlnp.PromptPairs(ids, ids, torch.ones(10).long(), torch.zeros(10).long())
+    first, second = prompts.split(0.7, seed=3)
+    seen = [*first.clean[:, 0].tolist(), *second.clean[:, 0].tolist()]
+    assert (len(first), len(second)) == (7, 3) and sorted(seen) == list(range(0, 20, 2))
+    assert torch.equal(prompts.split(0.7, seed=3)[0].clean, first.clean)
+    assert not torch.equal(prompts.split(0.7, seed=4)[0].clean, first.clean)
+    assert [len(part) for part in prompts.split(0.999, seed=0)] == [9, 1]
+    for share in (0.0, 1.0, math.nan, -1):
+        with pytest.raises(ValueError, match=f"share={share}"):
+            prompts.split(share, seed=0)
+    with pytest.raises(ValueError, match="1 prompts"):
+        prompts[0].split(0.5, seed=0)
+
+
+def test_indexing(toy: Toy) -> None:
+    _, prompts = toy
+    assert len(prompts[3]) == 1 and torch.equal(prompts[-1].clean, prompts.clean[-1:])
+    assert torch.equal(prompts[2:5].answers, prompts.answers[2:5])
+    assert torch.equal(prompts[[4, 1]].clean, prompts.clean[[4, 1]])
+    chosen = prompts.answers > prompts.answers.median()
+    assert torch.equal(prompts[chosen].answers, prompts.answers[chosen])
+    assert torch.equal(prompts[[4, 1]].answer_positions, prompts.answer_positions[[4, 1]])  # type: ignore[index]
+    with pytest.raises(IndexError, match="prompt 24 does not exist; there are 24"):
+        prompts[24]
+    with pytest.raises(ValueError, match="no prompt left of 24"):
+        prompts[30:]
+
+
+@pytest.mark.parametrize("index", [[], torch.tensor(3)])
+def test_odd_indices_answer_as_documented(toy: Toy, index: Any) -> None:
+    """No prompt left is a ValueError, whatever indexed; a 0-dim tensor is a single index."""
+    if isinstance(index, list):
+        with pytest.raises(ValueError, match="no prompt left of 24"):
+            toy[1][index]
+    else:
+        assert torch.equal(toy[1][index].clean, toy[1].clean[3:4])
+
+
+@pytest.mark.parametrize("positions", [None, "given"])
+def test_left_padding_is_right_padding_is_none(toy: Toy, positions: str | None) -> None:
+    model, prompts = toy
+    n = [int(row.sum()) for row in prompts.attention_mask]  # type: ignore[union-attr]
+    width, left, mask = prompts.clean.shape[1], [], []
+    for ids, k in zip(prompts.clean, n, strict=True):
+        left.append(torch.cat([torch.full((width - k,), 1), ids[:k]]))
+        mask.append(torch.cat([torch.zeros(width - k), torch.ones(k)]))
+    at = None if positions is None else torch.full((len(n),), width - 1)
+    padded = tlnp.PromptPairs(torch.stack(left), torch.stack(left), prompts.answers, prompts.wrong_answers, torch.stack(mask), at)
+    assert len(set(n)) > 1 and torch.equal(padded.answer_positions, prompts.answer_positions)  # type: ignore[arg-type]
+    right, from_left = (answer_logits(model, p.clean, p.answer_positions, sliced=False)  # type: ignore[arg-type]
+                        for p in (prompts, padded))
+    torch.testing.assert_close(from_left, right, atol=1e-5, rtol=1e-5)
+    alone = torch.cat([model(ids[None, :k])[:, -1] for ids, k in zip(prompts.clean, n, strict=True)])
+    torch.testing.assert_close(alone, right, atol=1e-4, rtol=1e-4)
+
+
+def test_logit_diff_of_several_answers_by_hand() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.5, -1.0, 4.0, 0.0]])
+    pairs = tlnp.PromptPairs(IDS, IDS, torch.tensor([[0, 2], [3, FILL]]), torch.tensor([[1, FILL, FILL], [0, 1, 2]]))
+    lse = lambda *x: math.log(sum(math.exp(v) for v in x))  # noqa: E731
+    want = [lse(0, 2) - 1.0, 0.0 - lse(0.5, -1, 4)]
+    torch.testing.assert_close(pairs.logit_diff(logits), torch.tensor(want))
+    p = logits.softmax(-1)  # log(p(answers) / p(wrong answers))
+    torch.testing.assert_close(pairs.logit_diff(logits)[0], torch.log((p[0, 0] + p[0, 2]) / p[0, 1]))
+
+
+def test_correct_keeps_what_the_model_answers_right(toy: Toy) -> None:
+    model, prompts = toy
+    turned = tlnp.PromptPairs(prompts.clean, prompts.corrupted, prompts.wrong_answers, prompts.answers, prompts.attention_mask)
+    right = prompts.correct(model, batch_size=7)
+    assert 0 < len(right) <= 24 and bool((right.logit_diff(tlnp.circuit.full_logits(model, right)) > 0).all())
+    with pytest.raises(ValueError, match="none of the .* prompts right"):
+        tlnp.PromptPairs(**{f: getattr(turned, f) for f in turned.__dataclass_fields__})[
+            torch.arange(24)[prompts.logit_diff(tlnp.circuit.full_logits(model, prompts)) > 0]].correct(model)

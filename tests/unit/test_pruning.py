@@ -1,0 +1,135 @@
+"""`prune`: what it refuses, what it restores, what it returns. The search's quality is tested in tests/integration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tl_nodeprune as tlnp
+from tl_nodeprune.hooks import temporary_hooks
+
+Toy = tuple[Any, tlnp.PromptPairs]
+TOTAL = 288 + 1152 + 288
+
+
+@pytest.fixture()
+def masks(toy: Toy) -> Iterator[tlnp.NodeMasks]:
+    masks = toy[0].add_node_masks()
+    yield masks
+    masks.remove()
+
+
+def any_loss(logits: Tensor, full: Tensor, prompts: tlnp.PromptPairs) -> Tensor:
+    return (logits - full).abs().mean(-1)
+
+
+@pytest.mark.parametrize(("budget", "text"), [
+    ({}, "give exactly one of max_kl, max_nodes.*got none"),
+    ({"max_kl": 0.1, "max_nodes": 5}, "got max_kl and max_nodes"),
+    ({"max_kl": 0.1, "objective": tlnp.PaperObjective()}, "got max_kl and objective"),
+    *[({"max_kl": value}, rf"max_kl={value}; it must be a finite number above 0") for value in (0, -1.5, math.nan, math.inf)],
+    ({"max_loss": 0.0, "loss": any_loss}, "max_loss=0.0"),
+    ({"max_loss": 0.1}, "loss and max_loss go together"),
+    ({"max_kl": 0.1, "loss": any_loss}, "loss and max_loss go together"),
+    *[({"max_nodes": value}, rf"max_nodes={value};.* 1 to {TOTAL}")
+      for value in (0, -3, TOTAL + 1, 0.0, -0.5, 1.5, 1e-9, math.nan, math.inf)],
+    ({"max_kl": 0.1, "steps": 0}, "steps=0"),
+    ({"max_kl": 0.1, "batch_size": -1}, "batch_size=-1"),
+    ({"max_kl": 0.1, "step_prompts": 0}, "step_prompts=0"),
+])
+def test_refuses_a_budget_that_is_none(toy: Toy, masks: tlnp.NodeMasks, budget: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        masks.prune(toy[1], progress=False, **budget)
+    assert masks.attached and masks.to_circuit() == tlnp.Circuit.full(masks.space)
+
+
+@pytest.mark.parametrize("options", [{"lam": 1.5}, {"lam": -0.1}, {"steps": 0}, {"batch_size": 0}])
+def test_paper_objective_refuses(options: dict[str, Any]) -> None:
+    name, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        tlnp.PaperObjective(**options)
+
+
+def test_masks_not_attached_or_another_circuit_applied(toy: Toy) -> None:
+    model, prompts = toy
+    masks = model.add_node_masks()
+    model.remove_node_masks()
+    with pytest.raises(RuntimeError, match="not attached to a model"):
+        masks.prune(prompts, max_kl=0.1)
+    with tlnp.Circuit.empty(masks.space).applied(model, prompts), pytest.raises(RuntimeError, match="not attached"):
+        masks.prune(prompts, max_kl=0.1)
+
+
+def test_prompts_of_another_tokenizer(toy: Toy, masks: tlnp.NodeMasks) -> None:
+    bad = tlnp.PromptPairs(toy[1].clean + 500, toy[1].corrupted, toy[1].answers, toy[1].wrong_answers)
+    with pytest.raises(ValueError, match="clean holds token id .* vocabulary ends at 198"):
+        masks.prune(bad, max_kl=0.1)
+
+
+@pytest.mark.parametrize("ablation", ["interchange", "mean"])
+@pytest.mark.parametrize("options", [{"max_nodes": 0.5}, {"objective": tlnp.PaperObjective(steps=12, batch_size=24, warmup=1)}])
+def test_nan_during_the_search_names_the_step_and_restores(toy: Toy, no_hooks_left: Callable[[Any], None], options: dict[str, Any],
+                                                           ablation: str) -> None:
+    model, prompts = toy
+    masks = model.add_node_masks(ablation=ablation)
+    with torch.no_grad():
+        for i, score in enumerate(masks.parameters()):
+            score.fill_(3.0 if i else 2.9)  # not the default, to see it come back
+    before = {name: score.detach().clone() for name, score in masks.scores.items()}
+    gate, trained = masks.gate, 0
+
+    def poison(activation: Tensor, hook: Any) -> Tensor | None:
+        nonlocal trained
+        trained += torch.is_grad_enabled()
+        return activation * math.nan if trained > 9 else None  # after the six points of the path, and step 0
+
+    try:
+        with (temporary_hooks(model, [("blocks.0.hook_resid_pre", poison)]),
+              pytest.raises(FloatingPointError, match=r"at step [1-9]")):
+            masks.prune(prompts, steps=20, progress=False, **options)
+        assert masks.attached and masks.gate is gate
+        assert all(torch.equal(masks.scores[name], score) for name, score in before.items())
+        assert not masks.ablation.constants, "the ablation is as before too"
+        assert not any(p.requires_grad for p in model.parameters())
+        with masks.inactive():
+            assert torch.isfinite(model(prompts.clean)).all()
+    finally:
+        model.remove_node_masks()
+    no_hooks_left(model)
+
+
+def test_nan_in_the_full_model(toy: Toy, masks: tlnp.NodeMasks) -> None:
+    model, prompts = toy
+    with temporary_hooks(model, [("blocks.0.hook_resid_pre", lambda x, hook: x * math.nan)]):
+        with pytest.raises((FloatingPointError, ValueError), match="NaN or inf"):
+            masks.prune(prompts, max_kl=0.1, progress=False)
+
+
+@pytest.mark.parametrize(("given", "most"), [(40, 40), (0.05, 86)])
+def test_max_nodes_is_met_by_the_binary_circuit(toy: Toy, masks: tlnp.NodeMasks, given: float | int, most: int) -> None:
+    result = masks.prune(toy[1], max_nodes=given, steps=20, progress=False)
+    assert 0 < result.circuit.size <= most and result.converged
+    assert masks.to_circuit() == result.circuit and len(result.to_frame()) == len(result.history) <= 20
+    assert result.history[0].step == 0 and result.seconds > 0 and result.peak_memory > 0
+
+
+def test_a_circuit_that_misses_the_budget_says_by_how_much(toy: Toy, masks: tlnp.NodeMasks) -> None:
+    steps = tlnp.pruning.Step
+    with pytest.warns(UserWarning, match=r"the loss is .* above 1e-30"):
+        # a loss that even the full model does not meet
+        result = masks.prune(toy[1], loss=lambda a, b, p: any_loss(a, b, p) + 1, max_loss=1e-30, steps=2, progress=False)
+    assert not result.converged and result.kl >= 1 and isinstance(result.history[0], steps)
+
+
+def test_result_kl_is_what_evaluate_finds(toy: Toy) -> None:
+    model, prompts = toy
+    masks = model.add_node_masks(("head", "mlp"))
+    result = masks.prune(prompts, max_kl=0.5, steps=20, progress=False)
+    model.remove_node_masks()
+    assert tlnp.evaluate(model, result.circuit, prompts).kl == pytest.approx(result.kl, abs=1e-5)
+    assert result.converged == (result.kl <= 0.5)
