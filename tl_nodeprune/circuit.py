@@ -28,7 +28,8 @@ class Circuit(Mapping[str, Tensor]):
     """A frozen set of nodes. As a Mapping: hook name -> mask, 1 = kept, 0 = pruned, float32, at the hook's own shape.
 
     Always consistent: no live child under a closed parent, no live parent with nothing live below.
-    `&`, `|`, `~` work on leaf nodes; `~` keeps exactly the leaves that were pruned.
+    `&`, `|`, `~` work on leaf nodes; `~` keeps exactly the leaves that were pruned, except under a closed gate that has something
+    ungated below it (a layer whose MLP is not gated): such a gate stays as it is.
     """
 
     def __init__(self, space: NodeSpace, gates: Gates, ablation: Ablation = Ablation()) -> None:  # noqa: B008 (frozen)
@@ -211,6 +212,8 @@ class Circuit(Mapping[str, Tensor]):
         description = asdict(self.space) | {name: _to_json(getattr(self.space, name)) for name in ("shapes", "present")}
         header = {"format": _FORMAT, "ablation": self.ablation.name, "space": json.dumps(description)}
         part = Path(f"{path}.part")
+        if not part.parent.is_dir():
+            raise FileNotFoundError(f"the folder {str(part.parent)!r} does not exist; make it first.")
         try:
             safetensors.torch.save_file(tensors, part, header)
             os.replace(part, path)

@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.command(args)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"tl-nodeprune: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
+        print("tl-nodeprune:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
 

@@ -59,6 +59,6 @@ def _one_closed(space: NodeSpace, key: GateKey, index: int, device: torch.device
     shape, width = space.shapes[key], space.width(key.hook)
     gate = torch.ones(shape, device=device)
     gate.view(-1)[index] = 0
-    return gate.view(*shape, *[1] * (len(width) - len(shape))).expand(width)
+    return gate.view((*shape, *[1] * (len(width) - len(shape)))).expand(width)
 
 

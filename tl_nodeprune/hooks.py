@@ -13,7 +13,7 @@ from tl_nodeprune.nodes import GRANULARITIES, HOOKS, GateKey, NodeSpace, layer_o
 
 HookFn = Callable[..., Tensor | None]
 Fetch = Callable[[str], Tensor]
-_SLOT = "tl_nodeprune"  # where an attachment leaves word of itself: HookPoint.ctx is TransformerLens' place for hook state
+_SLOT = "_tl_nodeprune"  # attribute of a HookPoint where an attachment leaves word of itself; `ctx` would not do, reset_hooks() empties it
 
 
 class Mix(torch.autograd.Function):
@@ -46,7 +46,9 @@ def mix(clean: Tensor, ablated: Tensor, mask: Tensor) -> Tensor:
 
 
 class Attachment:
-    """Permanent hooks on a model that come off again together. `fns` run before every hook that is already there.
+    """Permanent hooks on a model that come off again together. `fns` run before every other hook, also later ones.
+
+    So a patch at a masked hook point overrides the mask, and a patch of hook_resid_pre does not reach what a closed layer passes on.
 
     active: while False the hooks let everything pass.
     """
@@ -61,7 +63,7 @@ class Attachment:
                 point = points[name]
                 point.add_hook(self._while_active(fn), is_permanent=True, prepend=True)  # returns None before TransformerLens 4
                 self._handles.append((point, point.fwd_hooks[0]))
-                point.ctx[_SLOT] = self
+                setattr(point, _SLOT, self)
         except BaseException:
             self.remove()
             raise
@@ -82,14 +84,14 @@ class Attachment:
             handle.hook.remove()
             if handle in point.fwd_hooks:
                 point.fwd_hooks.remove(handle)
-            point.ctx.pop(_SLOT, None)
+            point.__dict__.pop(_SLOT, None)
         self._handles = []
 
 
 def find_attachment(model: Any) -> Attachment | None:
     """The hooks of this library that are on the model now, if any."""
     for point in dict(model.hook_dict).values():
-        found = point.ctx.get(_SLOT)
+        found = getattr(point, _SLOT, None)
         if isinstance(found, Attachment) and found.alive:
             return found
     return None
@@ -227,16 +229,18 @@ def _fitting(ablated: Tensor, activation: Tensor, name: str) -> Tensor:
     return ablated
 
 
-def slice_hook(n_layers: int, positions: Tensor) -> tuple[str, HookFn]:
-    """A hook that cuts the last block's residual to one position per prompt, so that the unembedding runs there only.
+def slice_hook(model: Any, positions: Tensor) -> tuple[str, HookFn]:
+    """A hook that cuts the stream to one position per prompt before the unembedding, which then runs there only.
 
-    positions: [batch]. The logits come out as [batch 1 d_vocab].
+    positions: [batch]. The logits come out as [batch 1 d_vocab]. On a bridge the cut is at the unembedding itself, since some
+    Hugging Face models (GPT-2) reshape the stream to the input's shape after the last block.
     """
     def cut(activation: Tensor, hook: Any) -> Tensor:
         rows = torch.arange(activation.shape[0], device=activation.device)
         return activation[rows, positions.to(activation.device)].unsqueeze(1)
 
-    return f"blocks.{n_layers - 1}.hook_resid_post", cut
+    name = "unembed.hook_in" if "unembed.hook_in" in model.hook_dict else f"blocks.{int(model.cfg.n_layers) - 1}.hook_resid_post"
+    return name, cut
 
 
 def answer_logits(model: Any, tokens: Tensor, positions: Tensor, sliced: bool = True) -> Tensor:
@@ -247,7 +251,7 @@ def answer_logits(model: Any, tokens: Tensor, positions: Tensor, sliced: bool = 
     if not sliced:
         rows = torch.arange(tokens.shape[0], device=tokens.device)
         return model(tokens)[rows, positions].float()  # type: ignore[no-any-return]
-    with temporary_hooks(model, [slice_hook(int(model.cfg.n_layers), positions)]):
+    with temporary_hooks(model, [slice_hook(model, positions)]):
         return model(tokens)[:, 0].float()  # type: ignore[no-any-return]
 
 

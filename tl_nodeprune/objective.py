@@ -14,6 +14,7 @@ from torch.nn.functional import relu
 
 from tl_nodeprune.gates import HardConcrete
 from tl_nodeprune.hooks import answer_logits, can_slice
+from tl_nodeprune.nodes import GRANULARITIES
 from tl_nodeprune.prompts import PromptPairs
 
 if TYPE_CHECKING:
@@ -113,6 +114,9 @@ class PaperObjective:
     def __post_init__(self) -> None:
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam={self.lam}; the paper's coefficient lies between 0 and 1.")
+        unknown = set(self.weights) - set(GRANULARITIES)
+        if unknown:
+            raise ValueError(f"weights for unknown granularities {sorted(unknown)}; allowed: {', '.join(GRANULARITIES)}.")
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"steps={self.steps}, batch_size={self.batch_size}; both must be 1 or more.")
 

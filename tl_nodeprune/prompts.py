@@ -87,7 +87,7 @@ class PromptPairs:
             try:
                 row = json.loads(line)
                 for name, column in columns.items():
-                    column.append(row[name])
+                    column.append(_text(row[name], name))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: expected a JSON object with the keys {', '.join(columns)}; "
                                  f"{type(error).__name__}: {error}") from error
@@ -104,7 +104,8 @@ class PromptPairs:
             if not -len(self) <= index < len(self):
                 raise IndexError(f"prompt {index} does not exist; there are {len(self)}.")
             index = [index]
-        rows = torch.arange(len(self))[index if isinstance(index, slice) else torch.as_tensor(index).cpu()]
+        chosen = index if isinstance(index, slice) else torch.as_tensor(index).cpu()
+        rows = torch.arange(len(self))[chosen if isinstance(chosen, slice) or chosen.numel() else slice(0)].reshape(-1)
         if not len(rows):
             raise ValueError(f"no prompt left of {len(self)} by indexing with {index!r}; PromptPairs holds one or more.")
         return PromptPairs(**{f.name: getattr(self, f.name)[rows.to(self.clean.device)] for f in fields(self)})
@@ -166,6 +167,14 @@ def _tokens(model: Any, text: str) -> Tensor:
     return model.to_tokens(text)[0].cpu()  # type: ignore[no-any-return]
 
 
+def _text(value: Any, name: str) -> Any:
+    """A string, or for the answers a list of strings. Raises TypeError."""
+    texts = value if isinstance(value, list) and name in ("answer", "wrong") else [value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} must be a string, got {value!r}")
+    return value
+
+
 def _answer_tokens(model: Any, answers: Sequence[Any]) -> Tensor:
     rows = [[answer] if isinstance(answer, str) else list(answer) for answer in answers]
     ids = [[_single_token(model, text) for text in row] for row in rows]
@@ -200,8 +209,8 @@ def _check_answers(clean: Tensor, answers: Tensor, wrong: Tensor) -> None:
         if value.ndim not in (1, 2) or value.is_floating_point() or len(value) != len(clean):
             raise ValueError(f"{name} must be integer token ids [batch] or [batch k] with batch={len(clean)}; "
                              f"got {value.dtype} {tuple(value.shape)}.")
-        table = value.reshape(len(value), -1)
-        if int(table.min()) < FILL or not (table != FILL).any(1).all():
+        table = value if value.ndim == 2 else value[:, None]
+        if not table.numel() or int(table.min()) < FILL or not (table != FILL).any(1).all():
             raise ValueError(f"{name} must have one token id or more in each row, and {FILL} only as filler; got {table.tolist()[:3]}…")
     a, w = answers.reshape(len(clean), -1, 1), wrong.reshape(len(clean), 1, -1)
     same = ((a == w) & (a != FILL)).flatten(1).any(1)

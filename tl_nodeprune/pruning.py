@@ -86,7 +86,7 @@ def prune(
     start, generator, history = time.perf_counter(), torch.Generator().manual_seed(seed), []  # type: ignore[var-annotated]
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    before = ({name: p.detach().clone() for name, p in masks.scores.items()}, masks.gate)
+    before = ({name: p.detach().clone() for name, p in masks.scores.items()}, masks.gate, masks.ablation)
     with tqdm(total=objective.steps if objective else steps, desc="prune", disable=not progress) as bar:
         def record(step: int, kl: float, size: int, coefficient: float) -> None:
             history.append(Step(step, kl, size, coefficient))
@@ -97,7 +97,7 @@ def prune(
             found = (_paper if objective else _search)(masks, model, prompts, objective or budget, record, generator, steps=steps,
                                                        batch_size=batch_size, step_prompts=step_prompts, cache_bytes=cache_bytes)
         except BaseException:
-            masks.gate = before[1]
+            masks.gate, masks.ablation = before[1:]
             with torch.no_grad():
                 for name, score in before[0].items():
                     masks.scores[name].copy_(score)
@@ -128,10 +128,11 @@ def _budget(masks: NodeMasks, max_kl: float | None, max_nodes: float | int | Non
 
 
 def _count(max_nodes: float | int, total: int) -> int:
-    count = round(max_nodes * total) if isinstance(max_nodes, float) else max_nodes
-    if not 1 <= count <= total or (isinstance(max_nodes, float) and max_nodes > 1):
+    is_share = isinstance(max_nodes, float)
+    count = round(max_nodes * total) if is_share and 0 < max_nodes <= 1 else 0 if is_share else max_nodes
+    if not 1 <= count <= total:
         raise ValueError(f"max_nodes={max_nodes}; give a share above 0 and up to 1.0 as a float, or a count of 1 to {total} as an int.")
-    return count
+    return int(count)
 
 
 def _ready(masks: NodeMasks, prompts: PromptPairs) -> Any:

@@ -45,33 +45,26 @@ def mask_map(circuit: Circuit) -> go.Figure:
 
 
 def kept_neurons(model: Any, circuit: Circuit, prompts: PromptPairs, *, prompt: int = 0, most: int = 50) -> RenderedHTML:
-    """circuitsvis view of the live MLP neurons' activations on one clean prompt, layer by layer.
+    """circuitsvis view of the live MLP neurons' activations on one clean prompt, each labelled layer.neuron.
 
     prompt: which of the prompts. most: neurons shown per layer at most, the lowest indices first.
     Raises: ValueError where the circuit has no live MLP neuron or no such prompt.
     """
     if "mlp_neuron" not in circuit.space.granularities or not circuit.nodes("mlp_neuron"):
         raise ValueError("this circuit has no live MLP neuron to show.")
-    circuit.check_fits(model)
     one = prompts[prompt]
     layers = [layer for layer in circuit.space.layers if ("mlp_neuron", layer) in circuit.space.shapes and circuit.live("mlp_neuron", layer).any()]
     with masks_off(model):
+        circuit.check_fits(model)
         seen = capture(model, one.clean, [f"blocks.{layer}.mlp.hook_post" for layer in layers])
-    picked = {layer: circuit.live("mlp_neuron", layer).nonzero()[:most, 0] for layer in layers}
     assert one.attention_mask is not None
     real = one.attention_mask[0]
-    values = [seen[f"blocks.{layer}.mlp.hook_post"][0][real].float().cpu()[:, picked[layer]] for layer in layers]
-    tokens = [html.escape(token) for token in model.to_str_tokens(one.clean[0][real])]
+    picked = [(layer, int(i)) for layer in layers for i in circuit.live("mlp_neuron", layer).nonzero()[:most, 0]]
+    columns = [seen[f"blocks.{layer}.mlp.hook_post"][0, real, i].float().cpu() for layer, i in picked]
     return cv.activations.text_neuron_activations(
-        tokens=tokens, activations=[value.unsqueeze(1) for value in values] if len(values) == 1 else _stacked(values),
-        first_dimension_name="Layer", second_dimension_name="Neuron",
-        first_dimension_labels=[str(layer) for layer in layers],
-        second_dimension_labels=[str(i) for i in range(max(v.shape[1] for v in values))])
-
-
-def _stacked(values: list[torch.Tensor]) -> torch.Tensor:
-    width = max(value.shape[1] for value in values)
-    return torch.stack([torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values], dim=1)
+        tokens=[html.escape(token) for token in model.to_str_tokens(one.clean[0][real])],
+        activations=torch.stack(columns, dim=1).unsqueeze(1), first_dimension_name="Nodes", first_dimension_labels=["live MLP neurons"],
+        second_dimension_name="Layer.neuron", second_dimension_labels=[f"{layer}.{i}" for layer, i in picked])
 
 
 def _share(circuit: Circuit, granularity: str, layer: int) -> float:

@@ -217,26 +217,6 @@ def test_as_dict_is_the_product_of_nested_gates(toy: Toy) -> None:
         model.remove_node_masks()
 
 
-def test_user_hook_on_the_residual_reaches_a_closed_layer(toy: Toy) -> None:
-    """A closed layer passes its input on: `resid_pre + what the ablated block adds`, with what a user patched into resid_pre."""
-    model, prompts = toy
-    circuit = tlnp.Circuit.empty(tlnp.hooks.find_nodes(model).restrict(("layer",), layers=[2]))
-    patched = torch.randn(*prompts.clean.shape, 96, generator=torch.Generator().manual_seed(0))
-    _, corrupted = model.run_with_cache(prompts.corrupted)
-    seen = {}
-
-    def patch(activation: Tensor, hook: Any) -> Tensor:
-        return patched
-
-    def keep(activation: Tensor, hook: Any) -> None:
-        seen["post"] = activation
-
-    with circuit.applied(model, prompts), torch.no_grad():
-        model.run_with_hooks(prompts.clean, fwd_hooks=[("blocks.2.hook_resid_pre", patch), ("blocks.2.hook_resid_post", keep)])
-    added = corrupted["blocks.2.hook_resid_post"] - corrupted["blocks.2.hook_resid_pre"]
-    torch.testing.assert_close(seen["post"], patched + added, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("reset", ["reset_hooks", "run_with_hooks"])
 def test_transformer_lens_own_resets_do_not_take_masks_off(fresh_toy: Toy, reset: str) -> None:
     model, prompts = fresh_toy

@@ -53,21 +53,11 @@ def test_kept_neurons(toy: Toy, layers: Any) -> None:
     assert "&lt;s&gt;" in source and '"<s>"' not in source
     props = props_of(source)
     _, cache = model.run_with_cache(prompts[0].clean)
-    shown = circuit.live("mlp_neuron", 1).nonzero()[:5, 0]
-    want = cache["blocks.1.mlp.hook_post"][0, :15][:, shown]
-    layer = props["firstDimensionLabels"].index("1")
-    values = np.array(props["activations"])
-    assert len(props["tokens"]) == 15  # one prompt, padding left out
-    # circuitsvis takes one sample as [token layer neuron], or in a list of its own
-    np.testing.assert_allclose(values.reshape(15, -1, values.shape[-1])[:, layer], want.numpy(), atol=1e-5)
-
-
-def test_kept_neurons_labels_name_the_neurons(toy: Toy) -> None:
-    """With one layer shown, "Neuron k" in the drop-down must be the model's neuron k, not the k-th one kept."""
-    model, prompts = toy
-    circuit = some_circuit(model, ("mlp_neuron",), [1])
-    props = props_of(tlnp.viz.kept_neurons(model, circuit, prompts, most=5).local_src)
-    assert props["secondDimensionLabels"] == [str(int(i)) for i in circuit.live("mlp_neuron", 1).nonzero()[:5, 0]]
+    shown = circuit.live("mlp_neuron", 1).nonzero()[:5, 0].tolist()
+    columns = [props["secondDimensionLabels"].index(f"1.{neuron}") for neuron in shown]
+    values = np.array(props["activations"]).reshape(15, -1)  # one prompt, padding left out
+    np.testing.assert_allclose(values[:, columns], cache["blocks.1.mlp.hook_post"][0, :15][:, shown].numpy(), atol=1e-5)
+    assert len(props["tokens"]) == 15
 
 
 def test_kept_neurons_with_masks_still_attached(toy: Toy) -> None:
