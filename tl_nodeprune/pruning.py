@@ -22,7 +22,7 @@ from tl_nodeprune.objective import LossFn, PaperObjective, Reference, kl_diverge
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.search import GIVEN, TURNED, Budget, Landscape, Search, Snapshot
 
-TURNED_SHARE = 0.8
+TURNED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -181,14 +181,14 @@ def sample(model: Any, prompts: PromptPairs, budget: Budget, batch_size: int) ->
 
 def turned(model: Any, prompts: PromptPairs, batch_size: int) -> PromptPairs | None:
     """Clean and corrupted exchanged, the answers too, for those pairs where the full model prefers the wrong answer on the corrupted
-    prompt; None unless it does on 80 % of them, since only then the corrupted prompts are prompts of the task themselves."""
+    prompt; None unless it does so at least half as strongly, on average, as it prefers the answer on the clean one, since only
+    then the corrupted prompts are prompts of the task themselves."""
     swapped = PromptPairs(prompts.corrupted, prompts.clean, prompts.wrong_answers, prompts.answers, prompts.attention_mask,
                           prompts.answer_positions)
-    logits = torch.cat([full_logits(model, batch) for batch in batches(swapped, batch_size)])
-    flips = swapped.logit_diff(logits) > 0
-    if flips.float().mean() < TURNED_SHARE or prompts.answers.shape != prompts.wrong_answers.shape:
+    here, there = (torch.cat([side.logit_diff(full_logits(model, side)) for side in batches(pairs, batch_size)]) for pairs in (prompts, swapped))
+    if there.mean() < TURNED_SHARE * here.mean() or here.mean() <= 0 or prompts.answers.shape != prompts.wrong_answers.shape:
         return None
-    return swapped[flips.nonzero()[:, 0]]
+    return swapped[(there > 0).nonzero()[:, 0]]
 
 
 def _without_moot(landscape: Landscape, best: Snapshot) -> torch.Tensor:

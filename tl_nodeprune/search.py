@@ -113,7 +113,7 @@ class Landscape:
             if self.budget.loss is kl_divergence:
                 hinge = choice_hinge(logits, full, prompts)
                 wanted = loss + HINGE_WEIGHT * hinge
-                wrong += float((hinge > 0).sum())
+                wrong += float((prompts.logit_diff(logits) * prompts.logit_diff(full) < 0).sum())
             if flat.requires_grad:
                 (wanted.sum() / len(rows)).backward()
             losses.append(loss.detach().cpu())
