@@ -331,8 +331,9 @@ def device_of(model: Any) -> torch.device:
 
 def check_ready(model: Any) -> None:
     """Raises RuntimeError where the model is in training mode with dropout: no two forwards would agree."""
+    rates = ("p", "attention_dropout", "attn_dropout", "dropout")
     dropouts = [name for name, module in model.named_modules()
-                if module.training and any(_rate(module, attribute) > 0 for attribute in ("p", "attention_dropout", "attn_dropout", "dropout"))]
+                if module.training and any(_rate(module, attribute) > 0 for attribute in rates)]
     if dropouts:
         raise RuntimeError(f"the model is in training mode with dropout (at {dropouts[0]} and {len(dropouts) - 1} more places); "
                            "call model.eval() first.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class NodeMasks(nn.Module):
 
     def score(self, key: GateKey) -> nn.Parameter:
         """The scores of one gate tensor."""
-        return self.scores[_name(key)]  # type: ignore[return-value]
+        return cast(nn.Parameter, self.scores[_name(key)])
 
     def gate_values(self, key: GateKey) -> Tensor:
         """One gate tensor's masks now: deterministic, or a fresh draw inside `sampling`."""

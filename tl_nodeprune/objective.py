@@ -53,7 +53,7 @@ class Reference:
         self.sliced = can_slice(model, prompts.clean, positions(prompts))
         with torch.no_grad():
             self.full = torch.cat([self.logits(prompts[rows]) for rows in self.chunks(torch.arange(len(prompts)))])
-        _check_finite(self.full, "the full model")
+        check_finite(self.full, "the full model")
         first = ablation.values(model, prompts[:1], hooks)
         per_prompt = sum(v.numel() * v.element_size() for v in first.values()) if ablation.name == "interchange" else 0
         keep = per_prompt * len(prompts) <= cache_bytes
@@ -82,7 +82,8 @@ def positions(prompts: PromptPairs) -> Tensor:
     return prompts.answer_positions
 
 
-def _check_finite(logits: Tensor, where: str) -> None:
+def check_finite(logits: Tensor, where: str) -> None:
+    """Raises FloatingPointError that says whose logits hold a NaN or inf."""
     if not torch.isfinite(logits).all():
         raise FloatingPointError(f"NaN or inf in the logits of {where}; nothing was changed. In half precision try float32, "
                                  "and check that the model runs on these prompts.")
@@ -138,7 +139,7 @@ class PaperObjective:
             rows, lam = order.pop(), self.lam * min(1.0, (step + 1) / max(self.warmup, 1))
             with masks.sampling(generator), masks.standing_in(reference.stand_ins(rows)):
                 logits = reference.logits(reference.prompts[rows])
-            _check_finite(logits, f"the circuit at step {step}")
+            check_finite(logits, f"the circuit at step {step}")
             kl = kl_divergence(logits, reference.full[rows]).mean()
             loss = (1 - lam) * (kl + self._hinge(logits, reference.prompts[rows])) + lam * self.sparsity(masks)
             optimizer.zero_grad()

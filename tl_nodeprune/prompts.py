@@ -236,7 +236,8 @@ def _check_mask(clean: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 def _check_positions(positions: Tensor, mask: Tensor) -> None:
     if positions.shape != mask.shape[:1] or positions.is_floating_point():
-        raise ValueError(f"answer_positions must be integers [batch] with batch={len(mask)}; got {positions.dtype} {tuple(positions.shape)}.")
+        raise ValueError(f"answer_positions must be integers [batch] with batch={len(mask)}; "
+                         f"got {positions.dtype} {tuple(positions.shape)}.")
     inside = (positions >= 0) & (positions < mask.shape[1])
     if not inside.all() or not mask.gather(1, positions[:, None].to(mask.device)).all():
         raise ValueError(f"answer_positions must point at real tokens, 0 to {mask.shape[1] - 1}; got {positions.tolist()[:8]}…")

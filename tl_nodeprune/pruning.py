@@ -18,7 +18,7 @@ from tl_nodeprune.circuit import Circuit, circuit_logits, full_logits
 from tl_nodeprune.hooks import check_ready, device_of, find_attachment
 from tl_nodeprune.masks import NodeMasks, masks_off
 from tl_nodeprune.nodes import GateKey
-from tl_nodeprune.objective import LossFn, PaperObjective, Reference, kl_divergence
+from tl_nodeprune.objective import LossFn, PaperObjective, Reference, check_finite, kl_divergence
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.search import GIVEN, TURNED, Budget, Landscape, Search, Snapshot
 
@@ -83,7 +83,8 @@ def prune(
     for name, value in (("steps", steps), ("batch_size", batch_size), ("step_prompts", step_prompts)):
         if value < 1:
             raise ValueError(f"{name}={value}; it must be 1 or more.")
-    start, generator, history = time.perf_counter(), torch.Generator().manual_seed(seed), []  # type: ignore[var-annotated]
+    start, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
+    history: list[Step] = []
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     before = ({name: p.detach().clone() for name, p in masks.scores.items()}, masks.gate, masks.ablation)
@@ -94,8 +95,11 @@ def prune(
             bar.update()
 
         try:
-            found = (_paper if objective else _search)(masks, model, prompts, objective or budget, record, generator, steps=steps,
-                                                       batch_size=batch_size, step_prompts=step_prompts, cache_bytes=cache_bytes)
+            if objective:
+                found = _paper(masks, model, prompts, objective, record, generator, batch_size=batch_size, cache_bytes=cache_bytes)
+            else:
+                found = _search(masks, model, prompts, budget, record, generator, steps=steps, batch_size=batch_size,
+                                step_prompts=step_prompts, cache_bytes=cache_bytes)
         except BaseException:
             masks.gate, masks.ablation = before[1:]
             with torch.no_grad():
@@ -160,7 +164,7 @@ def _search(masks: NodeMasks, model: Any, prompts: PromptPairs, budget: Budget, 
 
 
 def _paper(masks: NodeMasks, model: Any, prompts: PromptPairs, objective: PaperObjective, record: Any, generator: torch.Generator, *,
-           batch_size: int, cache_bytes: int, **unused: int) -> tuple[Circuit, float]:
+           batch_size: int, cache_bytes: int) -> tuple[Circuit, float]:
     with masks.inactive():
         ablation = masks.ablation.fit(model, prompts, masks.space.hooks, batch_size=batch_size)
         reference = Reference(model, prompts, ablation, masks.space.hooks, batch_size=batch_size, cache_bytes=cache_bytes)
@@ -185,7 +189,9 @@ def turned(model: Any, prompts: PromptPairs, batch_size: int) -> PromptPairs | N
     then the corrupted prompts are prompts of the task themselves."""
     swapped = PromptPairs(prompts.corrupted, prompts.clean, prompts.wrong_answers, prompts.answers, prompts.attention_mask,
                           prompts.answer_positions)
-    here, there = (torch.cat([side.logit_diff(full_logits(model, side)) for side in batches(pairs, batch_size)]) for pairs in (prompts, swapped))
+    here, there = (torch.cat([batch.logit_diff(full_logits(model, batch)) for batch in batches(side, batch_size)])
+                   for side in (prompts, swapped))
+    check_finite(torch.stack([here.mean(), there.mean()]), "the full model")
     if there.mean() < TURNED_SHARE * here.mean() or here.mean() <= 0 or prompts.answers.shape != prompts.wrong_answers.shape:
         return None
     return swapped[(there > 0).nonzero()[:, 0]]

@@ -17,7 +17,7 @@ from tl_nodeprune.ablation import Ablation
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.hooks import mask_hooks, temporary_hooks
 from tl_nodeprune.nodes import GateKey, Gates, NodeSpace, combine
-from tl_nodeprune.objective import LossFn, Reference, _check_finite, choice_hinge, kl_divergence
+from tl_nodeprune.objective import LossFn, Reference, check_finite, choice_hinge, kl_divergence
 
 START_SHARES = (0.5, 0.25, 0.12, 0.06, 0.03)
 PATH = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85)
@@ -108,7 +108,7 @@ class Landscape:
         for chunk in self.reference.chunks(rows):
             prompts, full = self.reference.prompts[chunk], self.reference.full[chunk.to(self.reference.full.device)]
             logits = self._run(flat, chunk)
-            _check_finite(logits, "the circuit" if step is None else f"the circuit at step {step}")
+            check_finite(logits, "the circuit" if step is None else f"the circuit at step {step}")
             wanted = loss = self.budget.loss(logits, full, prompts)
             if self.budget.loss is kl_divergence:
                 hinge = choice_hinge(logits, full, prompts)

@@ -53,7 +53,7 @@ def kept_neurons(model: Any, circuit: Circuit, prompts: PromptPairs, *, prompt: 
     if "mlp_neuron" not in circuit.space.granularities or not circuit.nodes("mlp_neuron"):
         raise ValueError("this circuit has no live MLP neuron to show.")
     one = prompts[prompt]
-    layers = [layer for layer in circuit.space.layers if ("mlp_neuron", layer) in circuit.space.shapes and circuit.live("mlp_neuron", layer).any()]
+    layers = sorted({layer for layer, _ in circuit.nodes("mlp_neuron")})
     with masks_off(model):
         circuit.check_fits(model)
         seen = capture(model, one.clean, [f"blocks.{layer}.mlp.hook_post" for layer in layers])
