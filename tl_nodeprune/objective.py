@@ -33,12 +33,13 @@ def kl_divergence(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "b
 
 
 def choice_hinge(logits: Tensor, full: Tensor, prompts: PromptPairs) -> Tensor:
-    """How far the circuit is from choosing between answer and wrong answer as the full model does: [batch], logits.
+    """How far the circuit is from choosing between answer and wrong answer as clearly as wanted: [batch], logits.
 
-    `relu(min(|d|, 4) / 2 - sign(d) * d_circuit)` with d the full model's logit difference: 0 at half its margin.
+    `relu(clip(|d| / 2, 1, 2) - sign(d) * d_circuit)` with d the full model's logit difference: half its margin will do, but where
+    that is thin, 1 is asked for, since a choice that hangs on less is lost on fresh prompts.
     """
     wanted = prompts.logit_diff(full)
-    return relu(wanted.abs().clamp(max=4) / 2 - wanted.sign() * prompts.logit_diff(logits))
+    return relu((wanted.abs() / 2).clamp(1, 2) - wanted.sign() * prompts.logit_diff(logits))
 
 
 class Reference:

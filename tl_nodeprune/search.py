@@ -23,7 +23,7 @@ START_SHARES = (0.5, 0.25, 0.12, 0.06, 0.03)
 PATH = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85)
 RATE, RATE_DECAY = 0.3, 60
 WINDOW, SHRINK, GROW, STALLED = 10, 0.85, 1.12, 0.97
-HINGE_WEIGHT, DISAGREEMENT = 0.1, 0.02
+HINGE_WEIGHT, DISAGREEMENT = 0.2, 0.02
 GIVEN, TURNED = 0, 1  # groups of prompts
 PATIENCE = 9  # windows without a smaller circuit
 
