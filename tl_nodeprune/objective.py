@@ -42,6 +42,20 @@ def choice_hinge(logits: Tensor, full: Tensor, prompts: PromptPairs) -> Tensor:
     return relu((wanted.abs() / 2).clamp(1, 2) - wanted.sign() * prompts.logit_diff(logits))
 
 
+def fisher_probes(logits: Float[Tensor, "batch d_vocab"], generator: torch.Generator | None = None, *, exact: int = 6,
+                  random: int = 2) -> list[Tensor]:
+    """Directions v in logit space [batch d_vocab] with `sum v v^T ~ diag(q) - q q^T`, the Hessian of KL(p || q) in the logits of q.
+
+    The `exact` likeliest tokens have `sqrt(q_i) (e_i - q)` each, all others together `random` unbiased draws of random signs.
+    """
+    q = logits.softmax(-1)
+    top = q.topk(min(exact, q.shape[-1]), dim=-1).indices
+    basis = [torch.zeros_like(q).scatter_(1, i[:, None], q.gather(1, i[:, None]).sqrt()) for i in top.T]
+    rest = q.scatter(1, top, 0.0).sqrt() / random**0.5
+    signs = (torch.randint(0, 2, q.shape, generator=generator).to(q) * 2 - 1 for _ in range(random))
+    return [w - q * (w.sum(-1, keepdim=True)) for w in (*basis, *(rest * sign for sign in signs))]
+
+
 class Reference:
     """All that does not change while masks are trained: the full model's answer logits, the stand-ins, the prompts.
 

@@ -16,13 +16,16 @@ from tqdm.auto import tqdm
 from tl_nodeprune.ablation import batches
 from tl_nodeprune.circuit import Circuit, circuit_logits, full_logits
 from tl_nodeprune.hooks import check_ready, device_of, find_attachment
+from tl_nodeprune.landscape import GIVEN, TURNED, Budget, Landscape, Snapshot
 from tl_nodeprune.masks import NodeMasks, masks_off
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.objective import LossFn, PaperObjective, Reference, check_finite, kl_divergence
 from tl_nodeprune.prompts import PromptPairs
-from tl_nodeprune.search import GIVEN, TURNED, Budget, Landscape, Search, Snapshot
+from tl_nodeprune.refine import Refinement
+from tl_nodeprune.search import Search
 
 TURNED_SHARE = 0.5
+ROUND_COST = 12  # steps of the search that are worth one round of the refinement
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class PruneResult:
 def prune(
     masks: NodeMasks, prompts: PromptPairs, *, max_kl: float | None = None, max_nodes: float | int | None = None,
     loss: LossFn | None = None, max_loss: float | None = None, objective: PaperObjective | None = None,
-    steps: int = 300, batch_size: int = 64, step_prompts: int = 128, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True,
+    steps: int = 300, exact_tests: int = 64, batch_size: int = 64, step_prompts: int = 128, cache_bytes: int = 2 << 30,
+    seed: int = 0, progress: bool = True,
 ) -> PruneResult:
     """The smallest circuit whose KL(full || circuit) at the answer positions is at most `max_kl` nats, or the most faithful
     one of at most `max_nodes` leaf nodes. The masks are left at that circuit, still attached.
@@ -98,8 +102,8 @@ def prune(
             if objective:
                 found = _paper(masks, model, prompts, objective, record, generator, batch_size=batch_size, cache_bytes=cache_bytes)
             else:
-                found = _search(masks, model, prompts, budget, record, generator, steps=steps, batch_size=batch_size,
-                                step_prompts=step_prompts, cache_bytes=cache_bytes)
+                found = _search(masks, model, prompts, budget, record, generator, steps=steps, exact_tests=exact_tests,
+                                batch_size=batch_size, step_prompts=step_prompts, cache_bytes=cache_bytes)
         except BaseException:
             masks.gate, masks.ablation = before[1:]
             with torch.no_grad():
@@ -150,14 +154,22 @@ def _ready(masks: NodeMasks, prompts: PromptPairs) -> Any:
 
 
 def _search(masks: NodeMasks, model: Any, prompts: PromptPairs, budget: Budget, record: Any, generator: torch.Generator, *,
-            steps: int, batch_size: int, step_prompts: int, cache_bytes: int) -> tuple[Circuit, float]:
+            steps: int, exact_tests: int, batch_size: int, step_prompts: int, cache_bytes: int) -> tuple[Circuit, float]:
     with masks.inactive():
         ablation = masks.ablation.fit(model, prompts, masks.space.hooks, batch_size=batch_size)
         searched, groups = sample(model, prompts, budget, batch_size)
         hooks = tuple(hook for hook in masks.space.hooks if any(not masks.space.covered(key) for key in masks.space.at(hook)))
         reference = Reference(model, searched, ablation, hooks, batch_size=batch_size, cache_bytes=cache_bytes)
         landscape = Landscape(masks.space, reference, budget, groups)
-        best = Search(landscape, steps=steps, step_prompts=step_prompts, generator=generator, record=record).run()
+        search = Search(landscape, steps=steps, step_prompts=step_prompts, generator=generator, record=record)
+        best = search.run()
+        landscape.restore(best.ablation)
+        refinement = Refinement(landscape, best, search.scores, step_prompts=step_prompts, generator=generator, record=record)
+        if budget.loss is kl_divergence:
+            refinement.run(rounds=max(steps // ROUND_COST, 1), first_step=steps)
+        if budget.max_size is None:
+            refinement.minimal(exact_tests)
+        best = refinement.best
         circuit = landscape.circuit(_without_moot(landscape, best), best.ablation)
         masks.ablation = best.ablation
     return circuit, binary_loss(model, circuit, prompts, budget.loss, batch_size)

@@ -18,8 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.hooks import temporary_hooks
+from tl_nodeprune.landscape import Budget, Landscape
 from tl_nodeprune.objective import Reference
-from tl_nodeprune.search import Budget, Landscape
 
 REPEATS, VOCABULARY = 15, 5000
 

@@ -1,0 +1,230 @@
+"""The landscape of a search: losses, gradients and local quadratic models of circuits given as one flat vector of gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.hooks import mask_hooks, temporary_hooks
+from tl_nodeprune.nodes import GateKey, Gates, NodeSpace
+from tl_nodeprune.objective import LossFn, Reference, check_finite, choice_hinge, fisher_probes, kl_divergence
+from tl_nodeprune.prompts import PromptPairs
+
+HINGE_WEIGHT, DISAGREEMENT = 0.2, 0.02
+GIVEN, TURNED = 0, 1  # groups of prompts
+
+Record = Callable[[int, float, int, float], None]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a circuit must keep: the loss, and for KL also the choice between answer and wrong answer.
+
+    loss: what `max_loss` bounds (mean over prompts). max_size: leaf nodes at most; None: as few as the loss allows.
+    """
+
+    loss: LossFn = kl_divergence
+    max_loss: float = 0.05
+    max_size: int | None = None
+
+    def violation(self, loss: float, disagreement: float) -> float:
+        """At most 1 when within the budget."""
+        return max(loss / self.max_loss, disagreement / DISAGREEMENT)
+
+    def better(self, new: Snapshot, old: Snapshot | None) -> bool:
+        """Smaller within the budget, or of one size and further within it; for a fixed size, further within it."""
+        if old is None:
+            return self.max_size is not None or new.violation <= 1
+        if self.max_size is not None:
+            return new.violation < old.violation
+        return new.violation <= 1 and (old.violation > 1 or (new.size, new.violation) < (old.size, old.violation))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A binary circuit met on the way: kept nodes [node] bool, how far it is within the budget, its loss and constants, and the
+    scores [node] that it was cut from."""
+
+    kept: Tensor
+    violation: float
+    loss: float
+    ablation: Ablation
+    scores: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        return int(self.kept.sum())
+
+
+class Quadratic:
+    """`loss + slope . d + |rows d|^2 / 2` for changes d [c] of gates from where they are; flipping gates updates it in place.
+
+    nodes: [c] indices into the flat gates. kept: [c] bool, now. rows: [curvature c].
+    """
+
+    def __init__(self, nodes: Tensor, kept: Tensor, slope: Tensor, rows: Tensor, loss: float) -> None:
+        self.nodes, self.kept, self.rows, self.loss = nodes, kept.clone(), rows, loss
+        self._slope, self._curvature = slope.clone(), rows.pow(2).sum(0)
+
+    def costs(self) -> Tensor:
+        """What flipping each gate, one alone, would add to the loss: [c]."""
+        return torch.where(self.kept, -self._slope, self._slope) + self._curvature / 2
+
+    def cost_of_closing(self, together: Tensor) -> Tensor:
+        """What closing several kept gates at once would add to the loss."""
+        return self.rows[:, together].sum(1).pow(2).sum() / 2 - self._slope[together].sum()
+
+    def flip(self, i: int) -> float:
+        """Flip one gate; what that adds to the loss."""
+        cost, step = float(self.costs()[i]), -1.0 if self.kept[i] else 1.0
+        self._slope += step * (self.rows.T @ self.rows[:, i])
+        self.kept[i] = ~self.kept[i]
+        self.loss += cost
+        return cost
+
+
+class Landscape:
+    """Losses and gradients of circuits, given as one flat vector of gates [node] over all free gate tensors.
+
+    groups: of the reference's prompts, see `pruning.sample`; a circuit is judged by its worst group.
+    Free are the leaves and the gates above something ungated; a coarse gate that is covered follows what is below it.
+    """
+
+    def __init__(self, space: NodeSpace, reference: Reference, budget: Budget, groups: Tensor) -> None:
+        self.space, self.reference, self.budget, self.groups = space, reference, budget, groups
+        self.keys: list[GateKey] = [key for key in space.shapes if not space.covered(key)]
+        self.sizes = [int(torch.Size(space.shapes[key]).numel()) for key in self.keys]
+        self.n = sum(self.sizes)
+        self.constants = _learned(reference)
+        self._optimizer = torch.optim.Adam(list(self.constants.values()), lr=0.02) if self.constants else None
+
+    def gates(self, flat: Tensor) -> Gates:
+        """A flat vector as gate tensors; covered coarse gates open."""
+        pieces = {key: piece.view(self.space.shapes[key]) for key, piece in zip(self.keys, flat.split(self.sizes), strict=True)}
+        return {key: pieces.get(key, torch.ones(shape, device=flat.device)) for key, shape in self.space.shapes.items()}
+
+    def circuit(self, kept: Tensor, ablation: Ablation) -> Circuit:
+        return Circuit(self.space, self.gates(kept.float()), ablation)
+
+    def measure(self, flat: Tensor, rows: Tensor) -> tuple[float, float]:
+        """The loss, and the share of prompts on which the circuit chooses unlike the full model.
+
+        The loss is the highest of the groups' means over their prompts among `rows`.
+        """
+        with torch.no_grad():
+            return self._accumulate(flat, rows, step=None)
+
+    def gradient(self, flat: Tensor, rows: Tensor, step: int) -> tuple[float, float, Tensor]:
+        """`measure`, and the gradient of loss + hinge to the gates [node]. Raises FloatingPointError for NaN or inf logits."""
+        leaf = flat.detach().clone().requires_grad_(True)
+        if self._optimizer:
+            self._optimizer.zero_grad()
+        with torch.enable_grad():
+            loss, disagreement = self._accumulate(leaf, rows, step)
+        if self._optimizer:
+            self._optimizer.step()
+        assert leaf.grad is not None
+        return loss, disagreement, leaf.grad
+
+    def _accumulate(self, flat: Tensor, rows: Tensor, step: int | None) -> tuple[float, float]:
+        losses, wrong = [], 0.0
+        for chunk in self.reference.chunks(rows):
+            prompts, full = self.reference.prompts[chunk], self.reference.full[chunk.to(self.reference.full.device)]
+            logits = self._run(flat, chunk)
+            check_finite(logits, "the circuit" if step is None else f"the circuit at step {step}")
+            wanted = loss = self.budget.loss(logits, full, prompts)
+            if self.budget.loss is kl_divergence:
+                hinge = choice_hinge(logits, full, prompts)
+                wanted = loss + HINGE_WEIGHT * hinge
+                wrong += float((prompts.logit_diff(logits) * prompts.logit_diff(full) < 0).sum())
+            if flat.requires_grad:
+                (wanted.sum() / len(rows)).backward()
+            losses.append(loss.detach().cpu())
+        per_prompt, group = torch.cat(losses), self.groups[rows]
+        return max(float(per_prompt[group == g].mean()) for g in group.unique()), wrong / len(rows)
+
+    def quadratic(self, kept: Tensor, rows: Tensor, nodes: Tensor, generator: torch.Generator) -> Quadratic:
+        """The loss + hinge near a binary circuit as a quadratic of the gates of `nodes` [c] (Gauss-Newton).
+
+        Every prompt has gates of its own here, so one backward pass per curvature direction gives all prompts' rows at once.
+        """
+        slope, curves, losses = torch.zeros(len(nodes)), [], []
+        for chunk in self.reference.chunks(rows):
+            prompts, full = self.reference.prompts[chunk], self.reference.full[chunk.to(self.reference.full.device)]
+            flat = kept.float().to(full.device).expand(len(chunk), -1).clone().requires_grad_(True)
+            with torch.enable_grad():
+                logits = self._run(flat, chunk)
+            check_finite(logits, "the circuit")
+            wanted, hinge_slope = _logit_gradients(logits.detach(), full, prompts)
+            losses.append(kl_divergence(logits.detach(), full).cpu())
+            directions = [wanted, *fisher_probes(logits.detach(), generator), HINGE_WEIGHT**0.5 * hinge_slope]
+            rows_of = [torch.autograd.grad(logits, flat, v, retain_graph=True)[0].cpu()[:, nodes] for v in directions]
+            slope += rows_of[0].sum(0) / len(rows)
+            curves += [row / len(rows) ** 0.5 for row in rows_of[1:]]
+        return Quadratic(nodes, kept[nodes], slope, torch.cat(curves), float(torch.cat(losses).mean()))
+
+    def _run(self, flat: Tensor, rows: Tensor) -> Tensor:
+        masks, stand_ins = self._masks(flat), self.constants or self.reference.stand_ins(rows)
+        with temporary_hooks(self.reference.model, mask_hooks(masks, masks.__getitem__, stand_ins.__getitem__)):
+            return self.reference.logits(self.reference.prompts[rows])
+
+    def _masks(self, flat: Tensor) -> dict[str, Tensor]:
+        """Masks by hook point for gates [node], or [batch node] for gates of each prompt's own."""
+        lead = (len(flat), 1) if flat.ndim == 2 else ()
+        masks = {}
+        for key, piece in zip(self.keys, flat.split(self.sizes, -1), strict=True):  # each hook point has one free gate tensor
+            shape = self.space.shapes[key]
+            rank = 2 if key.hook.endswith("hook_z") else 1
+            masks[key.hook] = piece.view(*lead, *shape, *[1] * (rank - len(shape)))
+        return masks
+
+    def snapshot(self, kept: Tensor, rows: Tensor, scores: Tensor | None = None) -> Snapshot:
+        """A binary circuit, measured with the constants as they are now."""
+        loss, disagreement = self.measure(kept.float().to(self.reference.full.device), rows)
+        return Snapshot(kept, self.budget.violation(loss, disagreement), loss, self.ablation_now(), scores)
+
+    def restore(self, ablation: Ablation) -> None:
+        """Set the constants that are learned back to those of an earlier circuit."""
+        for hook, value in self.constants.items():
+            value.data.copy_(ablation.constants[hook])
+
+    def units(self) -> list[Tensor]:
+        """The flat indices below each head, block and layer that has a gate and all of whose nodes are gated."""
+        ids = self.gates(torch.arange(self.n))
+        return [below[i] if key.granularity == "head" else below.flatten() for key in self.space.shapes if key not in self.keys
+                for below in [self._below(key, ids)] for i in range(len(below) if key.granularity == "head" else 1)]
+
+    def _below(self, key: GateKey, ids: Gates) -> Tensor:
+        if key in self.keys:
+            return ids[key]
+        parts = [self._below(child, ids) for child in self.space.children(key)]
+        return parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+
+    def ablation_now(self) -> Ablation:
+        """The ablation with its constants as they are learned so far."""
+        kept = self.reference.ablation
+        if not self.constants:
+            return kept
+        return Ablation(kept.name, {**kept.constants, **{hook: value.detach().clone() for hook, value in self.constants.items()}})
+
+
+def _learned(reference: Reference) -> dict[str, Tensor]:
+    """The constants of "optimal" ablation as tensors to learn; none for the others."""
+    if reference.ablation.name != "optimal":
+        return {}
+    return {hook: value.detach().clone().requires_grad_(True) for hook, value in reference.ablation.constants.items()}
+
+
+def _logit_gradients(logits: Tensor, full: Tensor, prompts: PromptPairs) -> tuple[Tensor, Tensor]:
+    """Gradients to the logits [batch d_vocab]: of the KL + hinge, and of the logit difference where the hinge is near its kink."""
+    leaf = logits.clone().requires_grad_(True)
+    with torch.enable_grad():
+        hinge = choice_hinge(leaf, full, prompts)
+        (wanted,) = torch.autograd.grad((kl_divergence(leaf, full) + HINGE_WEIGHT * hinge).sum(), leaf)
+        (slope,) = torch.autograd.grad(prompts.logit_diff(leaf).sum(), leaf)
+    return wanted, slope * ((hinge > 0) & (hinge < 1)).unsqueeze(1)
