@@ -44,7 +44,7 @@ class Ablation:
         sums, count = _position_sums(model, prompts, hooks, batch_size)
         if self.name == "optimal":
             return Ablation(self.name, {hook: (s.sum(0) / count.sum()) for hook, s in sums.items()})
-        return Ablation(self.name, {hook: s / count.view(-1, *[1] * (s.ndim - 1)) for hook, s in sums.items()})
+        return Ablation(self.name, {hook: s / count.clamp(min=1).view(-1, *[1] * (s.ndim - 1)) for hook, s in sums.items()})
 
     def values(self, model: Any, prompts: PromptPairs, hooks: Sequence[str], *, batch_size: int = 64) -> dict[str, Tensor]:
         """The stand-ins for these prompts, by hook name; each broadcasts to the hook's activation [batch pos ...].
@@ -92,4 +92,4 @@ def _position_sums(model: Any, prompts: PromptPairs, hooks: Sequence[str], batch
             shaped = real.view(*real.shape, *[1] * (activation.ndim - 2)).to(activation)
             sums[hook] = sums.get(hook, 0) + (activation * shaped).sum(0)
     assert prompts.attention_mask is not None
-    return sums, prompts.attention_mask.sum(0).clamp(min=1)
+    return sums, prompts.attention_mask.sum(0)

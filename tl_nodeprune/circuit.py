@@ -206,7 +206,10 @@ class Circuit(Mapping[str, Tensor]):
         prompts.check_fits(model)
 
     def save(self, path: str | Path) -> None:
-        """Write as safetensors: the gates as uint8, the ablation's constants, the nodes' description. All of it or nothing."""
+        """Write as safetensors: the gates as uint8, the ablation's constants, the nodes' description. All of it or nothing.
+
+        Raises: OSError where the file cannot be written, FileNotFoundError where its folder does not exist.
+        """
         tensors = {f"gate/{key.granularity}/{key.layer}": live.to(torch.uint8) for key, live in self._live.items()}
         tensors |= {f"constant/{hook}": value.detach().cpu().contiguous() for hook, value in self.ablation.constants.items()}
         description = asdict(self.space) | {name: _to_json(getattr(self.space, name)) for name in ("shapes", "present")}
@@ -217,6 +220,8 @@ class Circuit(Mapping[str, Tensor]):
         try:
             safetensors.torch.save_file(tensors, part, header)
             os.replace(part, path)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
         finally:
             part.unlink(missing_ok=True)
 

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tl_nodeprune import tasks, toy
 from tl_nodeprune.evaluation import Evaluation, evaluate
 from tl_nodeprune.masks import add_node_masks
@@ -64,6 +66,8 @@ def _prune(args: argparse.Namespace) -> None:
         raise ValueError(f"--max-kl {args.max_kl}; it must be above 0.")
     if args.task not in tasks.ROWS and not Path(args.task).is_file():
         raise ValueError(f"--task {args.task!r} is no task ({', '.join(tasks.ROWS)}) and no file.")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {str(args.out)!r} is a file; give a folder, which need not exist yet.")
     model = _load(args.model, args.device)
     named = args.task in tasks.ROWS
     prompts = tasks.make(args.task, model, args.prompts, args.seed) if named else PromptPairs.from_jsonl(model, args.task)
@@ -80,8 +84,12 @@ def _prune(args: argparse.Namespace) -> None:
 
 
 def _load(name: str, device: str) -> Any:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"--device {device!r} cannot be used here, 'cpu' can: {error}") from error
     if name == "toy":
-        return toy.load(n=1)[0]
+        return toy.load(n=1)[0].to(device)
     from transformer_lens.model_bridge import TransformerBridge
 
     return TransformerBridge.boot_transformers(name, device=device).eval()

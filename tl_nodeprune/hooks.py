@@ -50,13 +50,14 @@ class Attachment:
 
     So a patch at a masked hook point overrides the mask, and a patch of hook_resid_pre does not reach what a closed layer passes on.
 
-    active: while False the hooks let everything pass.
+    active: while False the hooks let everything pass. freeze: no weight of the model wants a gradient until `remove`.
     """
 
-    def __init__(self, model: Any, fns: Sequence[tuple[str, HookFn]], owner: object) -> None:
+    def __init__(self, model: Any, fns: Sequence[tuple[str, HookFn]], owner: object, *, freeze: bool = False) -> None:
         self.owner = owner
         self.active = True
         self._handles: list[tuple[Any, Any]] = []
+        self._frozen: list[Any] = []
         points = hook_points(model, [name for name, _ in fns])
         try:
             for name, fn in fns:
@@ -64,6 +65,9 @@ class Attachment:
                 point.add_hook(self._while_active(fn), is_permanent=True, prepend=True)  # returns None before TransformerLens 4
                 self._handles.append((point, point.fwd_hooks[0]))
                 setattr(point, _SLOT, self)
+            self._frozen = [p for p in model.parameters() if p.requires_grad] if freeze else []
+            for parameter in self._frozen:
+                parameter.requires_grad_(False)
         except BaseException:
             self.remove()
             raise
@@ -79,22 +83,26 @@ class Attachment:
         return any(handle in point.fwd_hooks for point, handle in self._handles)
 
     def remove(self) -> None:
-        """Take every hook off. Does nothing the second time."""
+        """Take every hook off; frozen weights get their requires_grad back. Does nothing the second time."""
         for point, handle in self._handles:
             handle.hook.remove()
             if handle in point.fwd_hooks:
                 point.fwd_hooks.remove(handle)
-            point.__dict__.pop(_SLOT, None)
-        self._handles = []
+            if getattr(point, _SLOT, None) is self:
+                delattr(point, _SLOT)
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._handles, self._frozen = [], []
 
 
-def find_attachment(model: Any) -> Attachment | None:
-    """The hooks of this library that are on the model now, if any."""
-    for point in dict(model.hook_dict).values():
-        found = getattr(point, _SLOT, None)
-        if isinstance(found, Attachment) and found.alive:
-            return found
-    return None
+def find_attachment(model: Any, *, dead_too: bool = False) -> Attachment | None:
+    """The hooks of this library that are on the model now, if any.
+
+    dead_too: else those that `reset_hooks(including_permanent=True)` took off and nobody removed, so that weights are still frozen.
+    """
+    slots = (getattr(point, _SLOT, None) for point in dict(model.hook_dict).values())
+    found = list(dict.fromkeys(slot for slot in slots if isinstance(slot, Attachment)))
+    return next((one for one in found if one.alive), found[0] if found and dead_too else None)
 
 
 @contextmanager
@@ -113,7 +121,7 @@ def inactive(attachment: Attachment | None) -> Iterator[None]:
 def hook_points(model: Any, names: Iterable[str]) -> dict[str, Any]:
     """Hook points by name; the dictionary is read once, since a bridge rebuilds it at each access.
 
-    Raises: KeyError-free ValueError that names the missing hook point and similar ones.
+    Raises: ValueError that names the missing hook point and similar ones.
     """
     table = model.hook_dict
     points = {}
@@ -217,10 +225,10 @@ def _is_open(mask: Tensor) -> bool:
 
 
 def _fitting(ablated: Tensor, activation: Tensor, name: str) -> Tensor:
-    """The stand-in, if it broadcasts to the activation (a batch of other prompts does not)."""
+    """The stand-in, if it is for as many prompts and positions as the activation, or for any (then it lacks these dims)."""
     lead = ablated.shape[: max(ablated.ndim - activation.ndim + 2, 0)]
-    want = activation.shape[: 2][2 - len(lead):] if lead else ()
-    if any(a not in (1, b) for a, b in zip(lead, want, strict=True)):
+    want = activation.shape[2 - len(lead):2]
+    if lead != want:
         raise ValueError(
             f"{name}: the ablated run is for [batch pos] ending in {tuple(lead)}, but this forward has {tuple(activation.shape[:2])}. "
             "Masks and circuits under this ablation need the prompts they were paired with, in the same order: "
@@ -290,6 +298,8 @@ def _check_additive(layer: int, seen: Mapping[str, Tensor]) -> None:
     zero = torch.zeros((), device=seen[f"blocks.{layer}.hook_resid_pre"].device)
     pre, attn, mlp, post = (seen.get(f"blocks.{layer}.{name}", zero).float()
                             for name in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"))
+    if not torch.isfinite(post).all():
+        return  # a broken model is named where its logits are looked at
     if not torch.allclose(pre + attn + mlp, post, rtol=1e-2, atol=1e-2 * float(post.abs().max())):
         raise ValueError(
             f"block {layer} does not add its attention and MLP outputs to the residual stream (a post-norm model such as "

@@ -36,7 +36,11 @@ class NodeMasks(nn.Module):
         })
         self._sampling: tuple[torch.Generator | None] | None = None
         self._stand_ins: dict[str, Tensor] | None = None
-        self._attached: tuple[Any, Attachment, list[nn.Parameter]] | None = None
+        self._attached: tuple[Any, Attachment] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, is of the gates alone and not attached; the model is not copied with them."""
+        return self.__dict__ | {"_attached": None, "_sampling": None, "_stand_ins": None}
 
     prune: Callable[..., PruneResult]
     """`tl_nodeprune.prune` as a method; pruning.py sets it, so that its signature and docstring show in a notebook."""
@@ -75,7 +79,15 @@ class NodeMasks(nn.Module):
         return Circuit(self.space, {key: self.gate.kept(self.score(key)) for key in self.space.shapes}, self.ablation)
 
     def set_to(self, circuit: Circuit) -> None:
-        """Set the gates to a circuit: live ones fully open, all others fully closed."""
+        """Set the gates to a circuit: live ones fully open, all others fully closed.
+
+        Raises: ValueError where the circuit lacks one of these gates or has it in another shape; nothing is set then.
+        """
+        have = circuit.space.shapes
+        for key, shape in self.space.shapes.items():
+            if have.get(key) != shape:
+                raise ValueError(f"these masks gate {key.hook} with {key.granularity} nodes {list(shape)}, the circuit has "
+                                 f"{list(have[key]) if key in have else 'none there'}.")
         with torch.no_grad():
             for key in self.space.shapes:
                 score, live = self.score(key), circuit.live(*key).to(self.score(key).device)
@@ -93,7 +105,11 @@ class NodeMasks(nn.Module):
     @contextmanager
     def paired(self, prompts: PromptPairs) -> Iterator[None]:
         """Inside, forwards on `prompts.clean` take their stand-ins from these prompts (for "interchange": one run on the
-        corrupted ones, here, without gradient)."""
+        corrupted ones, here, without gradient). "mean" and "optimal" are fitted on the first prompts given and stay so.
+
+        Raises: ValueError where the prompts do not fit the model.
+        """
+        prompts.check_fits(self.model)
         with self.inactive():
             self.ablation = self.ablation.fit(self.model, prompts, self.space.hooks)
             values = self.ablation.values(self.model, prompts, self.space.hooks)
@@ -102,7 +118,7 @@ class NodeMasks(nn.Module):
 
     @contextmanager
     def standing_in(self, values: dict[str, Tensor]) -> Iterator[None]:
-        """Inside, closed nodes take these values, by hook name; each broadcasts to the hook's activation."""
+        """Inside, closed nodes take these values, by hook name: [batch pos ...] as the forward, or without batch, or without both."""
         before, self._stand_ins = self._stand_ins, values
         try:
             yield
@@ -129,19 +145,13 @@ class NodeMasks(nn.Module):
     def attach(self, model: Any) -> None:
         """Hang the masks on a model and freeze its weights, until `remove`. Raises RuntimeError where masks are attached already."""
         _check_free(model)
-        frozen = [p for p in model.parameters() if p.requires_grad]
-        attachment = Attachment(model, mask_hooks(self.space.hooks, self._mask_in_forward, self._stand_in), owner=self)
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        self._attached = (model, attachment, frozen)
+        fns = mask_hooks(self.space.hooks, self._mask_in_forward, self._stand_in)
+        self._attached = (model, Attachment(model, fns, owner=self, freeze=True))
 
     def remove(self) -> None:
         """Take the masks off; weights get their requires_grad back. Does nothing the second time."""
         if self._attached is not None:
-            _, attachment, frozen = self._attached
-            attachment.remove()
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+            self._attached[1].remove()
             self._attached = None
 
     def _mask_in_forward(self, hook: str) -> Tensor:
@@ -163,8 +173,8 @@ class NodeMasks(nn.Module):
         )
 
 
-def add_node_masks(model: Any, granularities: Iterable[str] | None = None, *, layers: Iterable[int] | None = None,
-                   ablation: str | Ablation = "interchange", gate: Gate | None = None) -> NodeMasks:
+def add_node_masks(model: Any, granularities: Iterable[str] | None = None, layers: Iterable[int] | None = None,
+                   ablation: str | Ablation = "interchange", *, gate: Gate | None = None) -> NodeMasks:
     """Hang a gate on every node of a HookedTransformer or TransformerBridge, all open: the model's outputs stay bit-identical.
 
     granularities: some of "layer", "attn", "mlp", "head", "attn_neuron", "mlp_neuron", "mlp_out"; None: all that the model has.
@@ -188,9 +198,10 @@ def add_node_masks(model: Any, granularities: Iterable[str] | None = None, *, la
 
 def remove_node_masks(model: Any) -> None:
     """Take the masks of `add_node_masks` off; no hook of this library is left. Raises RuntimeError where there are none."""
-    attachment = find_attachment(model)
+    attachment = find_attachment(model, dead_too=True)
     if attachment is None or not isinstance(attachment.owner, NodeMasks):
         raise RuntimeError("this model has no node masks to remove; model.add_node_masks() attaches them.")
+    attachment.remove()  # itself, since on a copy of the model its owner does not know of it
     attachment.owner.remove()
 
 
@@ -205,8 +216,10 @@ def masks_off(model: Any) -> Iterator[None]:
 
 
 def _check_free(model: Any) -> None:
-    attachment = find_attachment(model)
-    if attachment is not None:
+    attachment = find_attachment(model, dead_too=True)
+    if attachment is not None and not attachment.alive:
+        attachment.remove()
+    elif attachment is not None:
         what = "node masks are" if isinstance(attachment.owner, NodeMasks) else "a circuit is"
         raise RuntimeError(f"{what} attached to this model already; call model.remove_node_masks() "
                            "or leave the circuit's `with` block first.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from einops import reduce
 
 GRANULARITIES: tuple[str, ...] = ("layer", "attn", "mlp", "head", "attn_neuron", "mlp_neuron", "mlp_out")
 """Coarse to fine: a granularity stands before every one below it."""
@@ -220,8 +221,8 @@ def count_parameters(space: NodeSpace, live: Gates) -> int:
     for layer in range(space.n_layers):
         z = _live_leaf(space, live, GateKey("attn_neuron", layer))
         if z is not None:
-            heads, groups = z.any(1), z.view(space.kv_heads, -1, z.shape[1]).any(1)
-            total += space.d_model * (z.shape[1] * int(heads.sum() + groups.any(1).sum()) + int(z.sum() + groups.sum()))
+            groups = reduce(z, "(group head) d_head -> group d_head", "any", group=space.kv_heads)
+            total += space.d_model * (z.shape[1] * int(z.any(1).sum() + groups.any(1).sum()) + int(z.sum() + groups.sum()))
         neurons, outs = (_live_leaf(space, live, GateKey(name, layer)) for name in ("mlp_neuron", "mlp_out"))
         if neurons is not None and outs is not None:
             n, o = int(neurons.sum()), int(outs.sum())

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_nodeprune.hooks import answer_logits, device_of
+from tl_nodeprune.hooks import answer_logits, device_of, find_attachment, inactive
 
 FILL = -1
 """Stands for "no further answer" in rows of `answers` that have fewer than the longest."""
@@ -46,9 +46,10 @@ class PromptPairs:
         _check_positions(positions, mask)
         shift = mask.long().argmax(1)
         order = (torch.arange(mask.shape[1], device=mask.device) + shift[:, None]) % mask.shape[1]
-        for name, value in (("clean", self.clean), ("corrupted", self.corrupted), ("attention_mask", mask)):
+        for name, value in (("clean", self.clean.long()), ("corrupted", self.corrupted.long()), ("attention_mask", mask)):
             object.__setattr__(self, name, value.gather(1, order))
-        object.__setattr__(self, "answer_positions", positions - shift)
+        for name, value in (("answers", self.answers), ("wrong_answers", self.wrong_answers), ("answer_positions", positions - shift)):
+            object.__setattr__(self, name, value.long())
 
     @classmethod
     def from_strings(
@@ -59,11 +60,17 @@ class PromptPairs:
         answers, wrong_answers: a string each, or a list of strings where several are right; every one a single token
             (mind the leading space: " Mary").
 
-        Raises: ValueError where a pair differs in token length or an answer is not one token.
+        Raises: ValueError where a pair differs in token length, an answer is not one known token, a prompt is longer than the
+            model's context, or the model has no tokenizer; TypeError where a text is no string.
         """
         lists = {"clean": clean, "corrupted": corrupted, "answers": answers, "wrong_answers": wrong_answers}
         if len({len(v) for v in lists.values()}) != 1 or not len(clean):
             raise ValueError(f"from_strings needs lists of one equal length above 0; got {({k: len(v) for k, v in lists.items()})}.")
+        if getattr(model, "tokenizer", None) is None:
+            raise ValueError("the model has no tokenizer to read strings with; build PromptPairs from token ids instead.")
+        for name, values in lists.items():
+            for value in values:
+                _text(value, name, several="answers" in name)
         rows = [(_tokens(model, a), _tokens(model, b)) for a, b in zip(clean, corrupted, strict=True)]
         for i, (a, b) in enumerate(rows):
             if len(a) != len(b):
@@ -71,23 +78,29 @@ class PromptPairs:
                                  f"token.\n  clean:     {clean[i]!r}\n  corrupted: {corrupted[i]!r}")
         width, lengths = max(len(a) for a, _ in rows), torch.tensor([len(a) for a, _ in rows])
         pad = lambda ids: torch.cat([ids, ids.new_zeros(width - len(ids))])  # noqa: E731
-        return cls(
+        prompts = cls(
             clean=torch.stack([pad(a) for a, _ in rows]), corrupted=torch.stack([pad(b) for _, b in rows]),
             answers=_answer_tokens(model, answers), wrong_answers=_answer_tokens(model, wrong_answers),
             attention_mask=torch.arange(width)[None] < lengths[:, None],
         ).to(device_of(model))
+        prompts.check_fits(model)
+        return prompts
 
     @classmethod
     def from_jsonl(cls, model: Any, path: str | Path) -> PromptPairs:
         """From a file with one JSON object a line: {"clean": str, "corrupted": str, "answer": str, "wrong": str}."""
         columns: dict[str, list[Any]] = {"clean": [], "corrupted": [], "answer": [], "wrong": []}
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = Path(path).read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+        for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
                 for name, column in columns.items():
-                    column.append(_text(row[name], name))
+                    column.append(_text(row[name], name, several=name in ("answer", "wrong")))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number}: expected a JSON object with the keys {', '.join(columns)}; "
                                  f"{type(error).__name__}: {error}") from error
@@ -123,7 +136,10 @@ class PromptPairs:
         return self[order[:cut]], self[order[cut:]]
 
     def correct(self, model: Any, *, batch_size: int = 64) -> PromptPairs:
-        """Those prompts that the model answers right: answer logit > wrong logit. ValueError where it answers none."""
+        """Those prompts that the full model answers right, whatever is attached to it now: answer logit > wrong logit.
+
+        Raises: ValueError where it answers none.
+        """
         right = torch.cat([self[i:i + batch_size].logit_diff(_logits(model, self[i:i + batch_size])) > 0
                            for i in range(0, len(self), batch_size)])
         if not right.any():
@@ -152,7 +168,7 @@ class PromptPairs:
 def _logits(model: Any, prompts: PromptPairs) -> Tensor:
     prompts.check_fits(model)
     assert prompts.answer_positions is not None
-    with torch.no_grad():
+    with torch.no_grad(), inactive(find_attachment(model)):
         return answer_logits(model, prompts.clean, prompts.answer_positions, sliced=False)
 
 
@@ -164,14 +180,14 @@ def _pooled(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _tokens(model: Any, text: str) -> Tensor:
-    return model.to_tokens(text)[0].cpu()  # type: ignore[no-any-return]
+    return model.to_tokens(text, truncate=False)[0].cpu()  # type: ignore[no-any-return]
 
 
-def _text(value: Any, name: str) -> Any:
-    """A string, or for the answers a list of strings. Raises TypeError."""
-    texts = value if isinstance(value, list) and name in ("answer", "wrong") else [value]
+def _text(value: Any, name: str, *, several: bool) -> Any:
+    """A string, or where several may be right a list of strings. Raises TypeError."""
+    texts = value if isinstance(value, (list, tuple)) and several else [value]
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name} must be a string, got {value!r}")
+        raise TypeError(f"{name} must be a string{' or a list of strings' if several else ''}, got {value!r}")
     return value
 
 
@@ -188,13 +204,28 @@ def _single_token(model: Any, text: str) -> int:
     if len(ids) != 1:
         raise ValueError(f"the answer {text!r} is {len(ids)} tokens ({ids}); an answer is one token. "
                          "Is a leading space missing, or one too many? Otherwise choose other words.")
+    if is_unknown(model, int(ids[0]), text):
+        raise ValueError(f"the answer {text!r} is not in the model's vocabulary; choose other words.")
     return int(ids[0])
+
+
+def is_unknown(model: Any, token: int, text: str) -> bool:
+    """Whether a token is the tokenizer's word for a text that it does not know."""
+    return token == getattr(model.tokenizer, "unk_token_id", None) and text.strip() != model.tokenizer.unk_token
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}, not a tensor"
 
 
 def _check_tokens(clean: Tensor, corrupted: Tensor) -> None:
     for name, value in (("clean", clean), ("corrupted", corrupted)):
-        if value.ndim != 2 or value.is_floating_point() or value.dtype == torch.bool:
-            raise ValueError(f"{name} must be integer token ids [batch pos]; got {value.dtype} {tuple(value.shape)}.")
+        if not _is_integer(value) or value.ndim != 2:
+            raise ValueError(f"{name} must be integer token ids [batch pos]; got {_kind(value)}.")
         if not value.numel():
             raise ValueError(f"{name} is empty, {tuple(value.shape)}; give one prompt or more, of one token or more.")
         if int(value.min()) < 0:
@@ -206,9 +237,8 @@ def _check_tokens(clean: Tensor, corrupted: Tensor) -> None:
 
 def _check_answers(clean: Tensor, answers: Tensor, wrong: Tensor) -> None:
     for name, value in (("answers", answers), ("wrong_answers", wrong)):
-        if value.ndim not in (1, 2) or value.is_floating_point() or len(value) != len(clean):
-            raise ValueError(f"{name} must be integer token ids [batch] or [batch k] with batch={len(clean)}; "
-                             f"got {value.dtype} {tuple(value.shape)}.")
+        if not _is_integer(value) or value.ndim not in (1, 2) or len(value) != len(clean):
+            raise ValueError(f"{name} must be integer token ids [batch] or [batch k] with batch={len(clean)}; got {_kind(value)}.")
         table = value if value.ndim == 2 else value[:, None]
         if not table.numel() or int(table.min()) < FILL or not (table != FILL).any(1).all():
             raise ValueError(f"{name} must have one token id or more in each row, and {FILL} only as filler; got {table.tolist()[:3]}…")
@@ -223,9 +253,10 @@ def _check_answers(clean: Tensor, answers: Tensor, wrong: Tensor) -> None:
 def _check_mask(clean: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is None:
         return torch.ones_like(clean, dtype=torch.bool)
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != clean.shape:
+        given = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else _kind(attention_mask)
+        raise ValueError(f"attention_mask is {given}, but clean and corrupted are {tuple(clean.shape)}.")
     mask = attention_mask.to(clean.device).bool()
-    if mask.shape != clean.shape:
-        raise ValueError(f"attention_mask is {tuple(mask.shape)}, but clean and corrupted are {tuple(clean.shape)}.")
     runs = (mask.long().diff(dim=1) == 1).sum(1) + mask[:, 0].long()
     if (runs != 1).any():
         row = int((runs != 1).nonzero()[0])
@@ -235,9 +266,8 @@ def _check_mask(clean: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def _check_positions(positions: Tensor, mask: Tensor) -> None:
-    if positions.shape != mask.shape[:1] or positions.is_floating_point():
-        raise ValueError(f"answer_positions must be integers [batch] with batch={len(mask)}; "
-                         f"got {positions.dtype} {tuple(positions.shape)}.")
+    if not _is_integer(positions) or positions.shape != mask.shape[:1]:
+        raise ValueError(f"answer_positions must be integers [batch] with batch={len(mask)}; got {_kind(positions)}.")
     inside = (positions >= 0) & (positions < mask.shape[1])
-    if not inside.all() or not mask.gather(1, positions[:, None].to(mask.device)).all():
+    if not inside.all() or not mask.gather(1, positions[:, None].to(mask.device).long()).all():
         raise ValueError(f"answer_positions must point at real tokens, 0 to {mask.shape[1] - 1}; got {positions.tolist()[:8]}…")

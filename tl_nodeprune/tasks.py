@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.prompts import PromptPairs, is_unknown
 
 FEMALE = ("Mary", "Anna", "Sarah", "Lisa", "Emma", "Alice", "Laura", "Julia", "Kate", "Jane", "Susan", "Amy")
 MALE = ("John", "Tom", "James", "Peter", "David", "Mark", "Paul", "Jack", "Mike", "Daniel", "Steve", "Adam")
@@ -137,5 +137,4 @@ def _splits_alike(model: Any, year: int) -> bool:
 def is_one_token(model: Any, text: str) -> bool:
     """Whether a string is a single known token for a model."""
     ids = model.to_tokens(text, prepend_bos=False)[0].tolist()
-    unknown = getattr(model.tokenizer, "unk_token_id", None)
-    return len(ids) == 1 and (ids[0] != unknown or text.strip() == getattr(model.tokenizer, "unk_token", None))
+    return len(ids) == 1 and not is_unknown(model, ids[0], text)

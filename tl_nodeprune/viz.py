@@ -10,6 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 from circuitsvis.utils.render import RenderedHTML
+from einops import reduce
 from plotly.subplots import make_subplots
 
 from tl_nodeprune.circuit import Circuit
@@ -48,7 +49,8 @@ def kept_neurons(model: Any, circuit: Circuit, prompts: PromptPairs, *, prompt: 
     """circuitsvis view of the live MLP neurons' activations on one clean prompt, each labelled layer.neuron.
 
     prompt: which of the prompts. most: neurons shown per layer at most, the lowest indices first.
-    Raises: ValueError where the circuit has no live MLP neuron or no such prompt.
+    Raises: ValueError where the circuit has no live MLP neuron, or the circuit or the prompt does not fit the model; IndexError
+    where there is no such prompt; RuntimeError where a circuit is applied.
     """
     if "mlp_neuron" not in circuit.space.granularities or not circuit.nodes("mlp_neuron"):
         raise ValueError("this circuit has no live MLP neuron to show.")
@@ -56,6 +58,7 @@ def kept_neurons(model: Any, circuit: Circuit, prompts: PromptPairs, *, prompt: 
     layers = sorted({layer for layer, _ in circuit.nodes("mlp_neuron")})
     with masks_off(model):
         circuit.check_fits(model)
+        one.check_fits(model)
         seen = capture(model, one.clean, [f"blocks.{layer}.mlp.hook_post" for layer in layers])
     assert one.attention_mask is not None
     real = one.attention_mask[0]
@@ -74,7 +77,7 @@ def _share(circuit: Circuit, granularity: str, layer: int) -> float:
 
 
 def _heads(circuit: Circuit) -> np.ndarray | None:
-    rows = [circuit[hook].mean(1).numpy() for hook in circuit if hook.endswith("hook_z")]
+    rows = [reduce(circuit[hook], "head d_head -> head", "mean").numpy() for hook in circuit if hook.endswith("hook_z")]
     if not rows or len({len(row) for row in rows}) != 1 or len(rows) != len(circuit.space.layers):
         return None
     return np.stack(rows)

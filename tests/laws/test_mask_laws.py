@@ -82,8 +82,9 @@ def test_closing_without_a_pair_raises_and_says_so(toy: Toy) -> None:
         masks.set_to(tlnp.Circuit.empty(masks.space))
         with pytest.raises(RuntimeError, match=r"blocks\.0\..*masks\.paired"):
             model(prompts.clean)
-        with masks.paired(prompts[:5]), pytest.raises(ValueError, match=r"\(5, 17\).*\(24, 17\)"):
-            model(prompts.clean)
+        for n in (5, 1):  # also one prompt, which would broadcast
+            with masks.paired(prompts[:n]), pytest.raises(ValueError, match=rf"\({n}, 17\).*\(24, 17\)"):
+                model(prompts.clean)
         with masks.inactive():
             assert torch.isfinite(model(prompts.clean)).all()
     finally:

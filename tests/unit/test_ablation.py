@@ -34,6 +34,18 @@ def test_mean_is_per_position_without_padding(toy: Toy) -> None:
     assert fitted.fit(model, prompts[:3], HOOKS) is fitted  # what is fitted stays so
 
 
+def test_columns_of_padding_alone_change_nothing(toy: Toy) -> None:
+    model, prompts = toy
+    names = ("clean", "corrupted", "attention_mask")
+    wide = {name: torch.cat([getattr(prompts, name), getattr(prompts, name)[:, :4] * 0], 1) for name in names}
+    padded = tlnp.PromptPairs(**wide, answers=prompts.answers, wrong_answers=prompts.wrong_answers)
+    for name in ("mean", "optimal"):
+        want, got = (tlnp.Ablation(name).fit(model, p, HOOKS).constants for p in (prompts, padded))
+        assert all(torch.isfinite(got[hook]).all() for hook in HOOKS)
+        width = slice(17 if name == "mean" else None)
+        assert all(torch.allclose(got[hook][width], want[hook], atol=1e-6) for hook in HOOKS)
+
+
 def test_interchange_and_zero(toy: Toy) -> None:
     model, prompts = toy
     _, cache = model.run_with_cache(prompts.corrupted)

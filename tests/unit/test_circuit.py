@@ -87,6 +87,12 @@ def test_a_save_that_fails_leaves_nothing_and_is_an_os_error(circuit: tlnp.Circu
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder that even root cannot write to is Linux's /proc")
+def test_an_unwritable_folder_is_an_os_error(circuit: tlnp.Circuit) -> None:
+    with pytest.raises(OSError, match="/proc/c.safetensors cannot be written"):
+        circuit.save("/proc/c.safetensors")
+
+
 def test_unknown_keys(circuit: tlnp.Circuit, toy: Toy) -> None:
     with pytest.raises(KeyError, match="hook_q"):
         circuit["blocks.0.hook_q"]

@@ -32,6 +32,8 @@ def rows() -> list[dict[str, str]]:
     ({"--ablation": "noise"}, "unknown ablation 'noise'"),
     ({"--granularities": "heads"}, "unknown granularity 'heads'"),
     ({"--prompts": "0"}, "n=0"),
+    ({"--device": "cuda:99"}, "--device 'cuda:99' cannot be used here"),
+    ({"--out": __file__}, "test_cli.py' is a file; give a folder"),
 ])
 def test_bad_input_is_one_line_and_2(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str], text: str) -> None:
     options = {"--model": "toy", "--task": "ioi", "--out": str(tmp_path / "out"), "--prompts": "8"} | change

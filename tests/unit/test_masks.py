@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -125,3 +127,86 @@ def test_masks_gone_with_permanent_hooks_can_still_be_removed(fresh_toy: Toy) ->
     assert not masks.attached
     masks.remove()
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_arguments_in_the_order_of_the_method(toy: Toy) -> None:
+    masks = toy[0].add_node_masks(["head"], [-1], "zero")
+    toy[0].remove_node_masks()
+    assert masks.space.hooks == ("blocks.2.attn.hook_z",) and masks.ablation.name == "zero"
+
+
+def test_permanent_hooks_reset_by_the_user(fresh_toy: Toy, no_hooks_left: Callable[[Any], None]) -> None:
+    """The model's own method removes what is left of such masks, and new masks do not suffer from the old ones' removal."""
+    model, _ = fresh_toy
+    model.add_node_masks(("head",))
+    model.reset_hooks(including_permanent=True)
+    model.remove_node_masks()
+    assert all(p.requires_grad for p in model.parameters())
+    old = model.add_node_masks(("head",))
+    model.reset_hooks(including_permanent=True)
+    new = model.add_node_masks(("mlp",))
+    old.remove()
+    assert new.attached and not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(RuntimeError, match="attached to this model already"):
+        model.add_node_masks()
+    model.remove_node_masks()
+    no_hooks_left(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda masks: pickle.loads(pickle.dumps(masks))])
+def test_a_copy_has_the_gates_and_no_model(toy: Toy, copied: Callable[[tlnp.NodeMasks], tlnp.NodeMasks]) -> None:
+    masks = toy[0].add_node_masks(("head",))
+    try:
+        with torch.no_grad():
+            masks.score(GateKey("head", 1)).fill_(-1)
+        with masks.paired(toy[1]), masks.sampling(torch.Generator()):
+            twin = copied(masks)
+        assert masks.attached and not twin.attached and twin.to_circuit() == masks.to_circuit()
+        assert torch.equal(twin.mask("blocks.1.attn.hook_z"), masks.mask("blocks.1.attn.hook_z"))
+        assert not {id(p) for p in twin.parameters()} & {id(p) for p in masks.parameters()}
+    finally:
+        toy[0].remove_node_masks()
+
+
+def test_a_copy_of_a_masked_model_is_free_by_itself(fresh_toy: Toy, no_hooks_left: Callable[[Any], None]) -> None:
+    model, _ = fresh_toy
+    masks = model.add_node_masks(("head",))
+    twin = copy.deepcopy(model)
+    twin.remove_node_masks()
+    no_hooks_left(twin)
+    assert all(p.requires_grad for p in twin.parameters())
+    assert masks.attached and not any(p.requires_grad for p in model.parameters())
+
+
+def test_set_to_a_circuit_over_other_nodes_sets_nothing(toy: Toy, other_model: Any) -> None:
+    space = find_nodes(toy[0])
+    masks, heads = tlnp.NodeMasks(space.restrict(layers=[0, 1])), tlnp.NodeMasks(space.restrict(("head",), [0]))
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.hook_z with head nodes \[4\], the circuit has \[2\]"):
+        masks.set_to(tlnp.Circuit.empty(find_nodes(other_model)))
+    with pytest.raises(ValueError, match=r"blocks\.1\.hook_resid_post with layer nodes \[\], the circuit has none there"):
+        masks.set_to(tlnp.Circuit.empty(space.restrict(layers=[0])))
+    assert masks.to_circuit() == tlnp.Circuit.full(masks.space)
+    heads.set_to(tlnp.Circuit.empty(space))  # more than is gated here will do
+    assert heads.to_circuit().size == 0
+
+
+def test_paired_with_prompts_of_another_tokenizer(toy: Toy) -> None:
+    bad = tlnp.PromptPairs(toy[1].clean, toy[1].corrupted + 500, toy[1].answers, toy[1].wrong_answers)
+    masks = toy[0].add_node_masks()
+    try:
+        with pytest.raises(ValueError, match="corrupted holds token id .* vocabulary ends at 198"), masks.paired(bad):
+            pass
+    finally:
+        toy[0].remove_node_masks()
+
+
+def test_nan_weights_are_no_matter_of_node_finding(fresh_toy: Toy) -> None:
+    """They are named by `prune`, where logits are looked at."""
+    model, prompts = fresh_toy
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(torch.nan)
+    masks = model.add_node_masks()
+    with pytest.raises(FloatingPointError, match="NaN or inf in the logits of the full model"):
+        masks.prune(prompts, max_kl=0.1, progress=False)
+    model.remove_node_masks()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import answer_logits
+from tl_nodeprune.hooks import answer_logits, find_nodes
 from tl_nodeprune.prompts import FILL
 
 Toy = tuple[Any, tlnp.PromptPairs]
@@ -27,6 +27,11 @@ ROW = {"clean": "So Mary is a really good friend, isn't", "corrupted": "So John 
     ({"clean": torch.zeros(2, 0).long()}, r"clean is empty, \(2, 0\)"),
     ({"clean": IDS.float()}, "clean must be integer token ids.*torch.float32"),
     ({"clean": IDS[0]}, r"clean must be integer.*\(3,\)"),
+    ({"clean": [[1, 2, 3]]}, "clean must be integer token ids.*got a list, not a tensor"),
+    ({"answers": [1, 1]}, "answers must be integer token ids.*got a list, not a tensor"),
+    ({"answers": ONE.bool()}, "answers must be integer token ids.*torch.bool"),
+    ({"attention_mask": [[1, 1, 1]] * 2}, "attention_mask is a list, not a tensor"),
+    ({"answer_positions": [2, 2]}, "answer_positions must be integers.*got a list, not a tensor"),
     ({"clean": -IDS}, "clean holds the token id -5"),
     ({"answers": TWO}, r"prompt 0: .*share a token \(2 and 2\)"),
     ({"answers": torch.tensor([[1, FILL], [1, 2]])}, r"prompt 1: .*share a token"),
@@ -72,6 +77,12 @@ def test_from_strings_refuses(toy: Toy) -> None:
         make(clean, corrupted, [" he"], [" he"])
     with pytest.raises(ValueError, match=r"prompt 0: clean has \d+ tokens and corrupted 3"):
         make(clean, ["So Mary"], [" she"], [" he"])
+    with pytest.raises(ValueError, match="the answer ' dragon' is not in the model's vocabulary"):
+        make(clean, corrupted, [" dragon"], [" he"])
+    with pytest.raises(ValueError, match="prompts have 41 tokens, but the model's context is 32"):
+        make(["Mary " * 40], ["John " * 40], [" she"], [" he"])  # not cut off in silence
+    with pytest.raises(TypeError, match="wrong_answers must be a string or a list of strings, got 7"):
+        make(clean, corrupted, [" she"], [7])
     with pytest.raises(ValueError, match="'clean': 0"):
         make([], [], [], [])
     with pytest.raises(ValueError, match="'wrong_answers': 2"):
@@ -175,3 +186,39 @@ def test_correct_keeps_what_the_model_answers_right(toy: Toy) -> None:
     with pytest.raises(ValueError, match="none of the .* prompts right"):
         tlnp.PromptPairs(**{f: getattr(turned, f) for f in turned.__dataclass_fields__})[
             torch.arange(24)[prompts.logit_diff(tlnp.circuit.full_logits(model, prompts)) > 0]].correct(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_of_any_integer_type(toy: Toy, dtype: torch.dtype) -> None:
+    model, prompts = toy
+    small = tlnp.PromptPairs(*(getattr(prompts, name).to(dtype) for name in prompts.__dataclass_fields__))
+    assert torch.equal(small.correct(model).clean, prompts.correct(model).clean)
+    assert all(getattr(small, name).dtype == torch.long for name in ("clean", "corrupted", "answers", "wrong_answers", "answer_positions"))
+
+
+def test_correct_is_of_the_full_model_whatever_is_attached(toy: Toy) -> None:
+    model, prompts = toy
+    right, empty = prompts.correct(model), tlnp.Circuit.empty(find_nodes(model))
+    masks = model.add_node_masks()
+    try:
+        masks.set_to(empty)
+        assert torch.equal(prompts.correct(model).clean, right.clean)
+    finally:
+        model.remove_node_masks()
+    with empty.applied(model, prompts):
+        assert torch.equal(prompts.correct(model).clean, right.clean)
+
+
+def test_a_model_without_a_tokenizer_reads_no_strings(fresh_toy: Toy) -> None:
+    fresh_toy[0].tokenizer = None
+    with pytest.raises(ValueError, match="the model has no tokenizer.*token ids"):
+        tlnp.PromptPairs.from_strings(fresh_toy[0], [ROW["clean"]], [ROW["corrupted"]], [" she"], [" he"])
+
+
+def test_jsonl_is_utf8_with_line_feeds_between_rows(toy: Toy, tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text(json.dumps(ROW | {"clean": ROW["clean"].replace(" ", "\u2028", 1)}, ensure_ascii=False), encoding="utf-8")
+    assert len(tlnp.PromptPairs.from_jsonl(toy[0], path)) == 1  # a line separator within a JSON string ends no line
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"task\.jsonl is no UTF-8 text"):
+        tlnp.PromptPairs.from_jsonl(toy[0], path)

@@ -80,3 +80,6 @@ def test_errors(toy: Toy) -> None:
         tlnp.viz.kept_neurons(model, tlnp.Circuit.empty(find_nodes(model)), prompts)
     with pytest.raises((ValueError, IndexError), match="prompt 99 does not exist; there are 24"):
         tlnp.viz.kept_neurons(model, some_circuit(model), prompts, prompt=99)
+    bad = tlnp.PromptPairs(prompts.clean + 500, prompts.corrupted, prompts.answers, prompts.wrong_answers)
+    with pytest.raises(ValueError, match="clean holds token id .* vocabulary ends at 198"):
+        tlnp.viz.kept_neurons(model, some_circuit(model), bad)
