@@ -16,7 +16,6 @@ from tl_nodeprune.objective import LossFn, Reference, check_finite, choice_hinge
 from tl_nodeprune.prompts import PromptPairs
 
 HINGE_WEIGHT, DISAGREEMENT = 0.2, 0.02
-GIVEN, TURNED = 0, 1  # groups of prompts
 
 Record = Callable[[int, float, int, float], None]
 
@@ -91,13 +90,13 @@ class Quadratic:
 class Landscape:
     """Losses and gradients of circuits, given as one flat vector of gates [node] over all free gate tensors.
 
-    groups: of the reference's prompts, see `pruning.sample`; a circuit is judged by its worst group.
-    Free are the leaves and the gates above something ungated; a coarse gate that is covered follows what is below it.
+    groups: of the reference's prompts, see `Preference.sample`; a circuit is judged by its worst group.
+    A coarse gate that is covered follows what is below it.
     """
 
     def __init__(self, space: NodeSpace, reference: Reference, budget: Budget, groups: Tensor) -> None:
         self.space, self.reference, self.budget, self.groups = space, reference, budget, groups
-        self.keys: list[GateKey] = [key for key in space.shapes if not space.covered(key)]
+        self.keys: list[GateKey] = space.free()
         self.sizes = [int(torch.Size(space.shapes[key]).numel()) for key in self.keys]
         self.n = sum(self.sizes)
         self.constants = _learned(reference)
@@ -138,6 +137,7 @@ class Landscape:
             logits = self._run(flat, chunk)
             check_finite(logits, "the circuit" if step is None else f"the circuit at step {step}")
             wanted = loss = self.budget.loss(logits, full, prompts)
+            _check_loss(loss, len(chunk), step)
             if self.budget.loss is kl_divergence:
                 hinge = choice_hinge(logits, full, prompts)
                 wanted = loss + HINGE_WEIGHT * hinge
@@ -193,6 +193,10 @@ class Landscape:
         for hook, value in self.constants.items():
             value.data.copy_(ablation.constants[hook])
 
+    def flat(self, circuit: Circuit) -> Tensor:
+        """A circuit as kept nodes [node] bool."""
+        return torch.cat([circuit.live(*key).flatten() for key in self.keys])
+
     def units(self) -> list[Tensor]:
         """The flat indices below each head, block and layer that has a gate and all of whose nodes are gated."""
         ids = self.gates(torch.arange(self.n))
@@ -218,6 +222,14 @@ def _learned(reference: Reference) -> dict[str, Tensor]:
     if reference.ablation.name != "optimal":
         return {}
     return {hook: value.detach().clone().requires_grad_(True) for hook, value in reference.ablation.constants.items()}
+
+
+def _check_loss(loss: Tensor, n: int, step: int | None) -> None:
+    if not isinstance(loss, Tensor) or loss.shape != (n,):
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"the loss must be a tensor [batch], one value for each of the {n} prompts; got {shape}.")
+    if not torch.isfinite(loss).all():
+        raise FloatingPointError(f"NaN or inf in the loss of the circuit{'' if step is None else f' at step {step}'}; nothing was changed.")
 
 
 def _logit_gradients(logits: Tensor, full: Tensor, prompts: PromptPairs) -> tuple[Tensor, Tensor]:

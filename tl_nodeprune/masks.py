@@ -30,7 +30,8 @@ class NodeMasks(nn.Module):
     def __init__(self, space: NodeSpace, *, ablation: str | Ablation = "interchange", gate: Gate | None = None,
                  device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.space, self.ablation, self.gate = space, as_ablation(ablation), gate or HardConcrete()
+        self.space, self.gate = space, gate or HardConcrete()
+        self.ablation = self.asked_ablation = as_ablation(ablation)  # the second stays as asked for, not fitted to any prompts here
         self.scores = nn.ParameterDict({
             _name(key): nn.Parameter(torch.full(shape, self.gate.open_score, device=device)) for key, shape in space.shapes.items()
         })

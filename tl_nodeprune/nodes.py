@@ -117,6 +117,15 @@ class NodeSpace:
         """The gate tensors that have nothing gated below them."""
         return [key for key in self.shapes if not self.children(key)]
 
+    def free(self) -> list[GateKey]:
+        """The gate tensors that a search decides on: the leaves, and gates above something that is not gated; at most one per hook
+        point. All others follow from what is below them."""
+        return [key for key in self.shapes if not self.covered(key)]
+
+    def free_total(self) -> int:
+        """How many nodes a search decides on."""
+        return sum(math.prod(self.shapes[key]) for key in self.free())
+
     def totals(self) -> dict[str, int]:
         """How many nodes there are, by granularity."""
         counts = {name: 0 for name in self.granularities}

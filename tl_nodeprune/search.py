@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.landscape import Landscape, Record, Snapshot
 
 START_SHARES = (0.5, 0.25, 0.12, 0.06, 0.03)
@@ -22,20 +23,25 @@ PATIENCE = 9  # windows without a smaller circuit
 class Search:
     """One run of the search over a landscape; `run` gives the best snapshot."""
 
-    def __init__(self, landscape: Landscape, *, steps: int, step_prompts: int, generator: torch.Generator, record: Record) -> None:
+    def __init__(self, landscape: Landscape, *, steps: int, step_prompts: int, generator: torch.Generator, record: Record,
+                 start: Circuit | None = None) -> None:
         self.landscape, self.budget, self.steps, self.record = landscape, landscape.budget, steps, record
         self.generator, self.step_prompts = generator, step_prompts
         self.everything = torch.arange(len(landscape.reference.prompts))
         self.best: Snapshot | None = None
+        self.start, self.taken = start, 0
 
     def run(self) -> Snapshot:
         """Start from integrated gradients, threshold and step until nothing improves, then trim."""
         self.path_gradient = self._path_gradient()
         self.scores = -self.path_gradient / _rms(self.path_gradient)
+        if self.start is not None:
+            self._rank_first(self.landscape.flat(self.start))
         k = self._start_size() if self.budget.max_size is None else min(self.budget.max_size, self.landscape.n)
         lowest, before, stale = float("inf"), float("inf"), 0
         for step in range(self.steps):
             improved, violation = self._step(step, k)
+            self.taken = step + 1
             lowest, stale = min(lowest, violation), 0 if improved else stale + 1
             if (step + 1) % WINDOW == 0:
                 if self.budget.max_size is None:
@@ -62,7 +68,17 @@ class Search:
         kept[scores.topk(k).indices] = True
         return kept
 
+    def _rank_first(self, kept: Tensor) -> None:
+        """Rank the nodes of a circuit before all others, each side in its order; the scores are only given out anew."""
+        order = (self.scores.argsort(descending=True).argsort() + len(kept) * (~kept)).argsort()
+        self.scores = torch.empty_like(self.scores).index_copy_(0, order, self.scores.sort(descending=True).values)
+        found = self.landscape.snapshot(kept, self.everything, self.scores)
+        if self.budget.better(found, None) and (self.budget.max_size is None or found.size <= self.budget.max_size):
+            self.best = found
+
     def _start_size(self) -> int:
+        if self.start is not None:
+            return max(int(self.landscape.flat(self.start).sum()), 1)
         sizes = [max(round(share * self.landscape.n), 1) for share in START_SHARES]
         rows = self._rows()
         return min(sizes, key=lambda k: self.landscape.snapshot(self._top(k, self.scores), rows).loss)

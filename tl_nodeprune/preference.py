@@ -1,0 +1,63 @@
+"""What the full model does on the pairs: whether it tells clean from corrupted at all, and whether the pairs work both ways round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+
+from tl_nodeprune.ablation import batches
+from tl_nodeprune.circuit import full_logits
+from tl_nodeprune.objective import check_finite
+from tl_nodeprune.prompts import PromptPairs
+
+GIVEN, TURNED = 0, 1  # groups of prompts
+TURNED_SHARE = 0.5
+SIGNIFICANT, FEWEST = 0.01, 7
+
+
+@dataclass(frozen=True)
+class Preference:
+    """The full model's logit differences: of the answers on the clean prompts, and of the answers exchanged on the corrupted ones."""
+
+    prompts: PromptPairs
+    turned: PromptPairs
+    clean: Float[Tensor, "batch"]
+    corrupted: Float[Tensor, "batch"]
+
+    @property
+    def p_value(self) -> float:
+        """One-sided Wilcoxon signed-rank test over the pairs: does the model prefer the answer more on clean than on corrupted
+        prompts? Where it does not, there is no task, and no circuit to claim. 1 where it makes no difference anywhere."""
+        gains = (self.clean + self.corrupted).double().cpu().numpy()
+        return float(stats.wilcoxon(gains, alternative="greater").pvalue) if (gains != 0).any() else 1.0
+
+    @property
+    def no_task(self) -> bool:
+        """Whether the pairs are enough to tell, and show no task."""
+        return len(self.prompts) >= FEWEST and not self.p_value <= SIGNIFICANT
+
+    def sample(self) -> tuple[PromptPairs, Int[Tensor, "prompt"]]:
+        """The prompts to search on and each one's group: those GIVEN, and TURNED ones where the model prefers the wrong answer on the
+        corrupted prompt, if it does so on average at least half as strongly as it prefers the answer on the clean one: only
+        then the corrupted prompts are prompts of the task themselves."""
+        enough = self.corrupted.mean() >= TURNED_SHARE * self.clean.mean() > 0
+        if not enough or self.prompts.answers.shape != self.prompts.wrong_answers.shape:
+            return self.prompts, torch.full((len(self.prompts),), GIVEN)
+        again = self.turned[(self.corrupted > 0).nonzero()[:, 0]]
+        both = {f.name: torch.cat([getattr(self.prompts, f.name), getattr(again, f.name)]) for f in fields(PromptPairs)}
+        return PromptPairs(**both), torch.tensor([GIVEN] * len(self.prompts) + [TURNED] * len(again))
+
+
+def preference(model: Any, prompts: PromptPairs, batch_size: int) -> Preference:
+    """Run the full model on both sides of the pairs. Raises FloatingPointError for NaN or inf."""
+    turned = PromptPairs(prompts.corrupted, prompts.clean, prompts.wrong_answers, prompts.answers, prompts.attention_mask,
+                         prompts.answer_positions)
+    clean, corrupted = (torch.cat([batch.logit_diff(full_logits(model, batch)) for batch in batches(side, batch_size)])
+                        for side in (prompts, turned))
+    check_finite(torch.stack([clean, corrupted]), "the full model")
+    return Preference(prompts, turned, clean, corrupted)
