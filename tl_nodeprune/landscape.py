@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ HINGE_WEIGHT, DISAGREEMENT = 0.2, 0.02
 Record = Callable[[int, float, int, float], None]
 
 
+class Measured(NamedTuple):
+    """loss: the highest of the groups' means over their prompts. disagreement: share of prompts on which the circuit chooses unlike the
+    full model. hinge: mean of `choice_hinge`, logits. The last two are 0 for a loss of one's own."""
+
+    loss: float
+    disagreement: float
+    hinge: float
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a circuit must keep: the loss, and for KL also the choice between answer and wrong answer.
@@ -31,9 +41,9 @@ class Budget:
     max_loss: float = 0.05
     max_size: int | None = None
 
-    def violation(self, loss: float, disagreement: float) -> float:
+    def violation(self, measured: Measured) -> float:
         """At most 1 when within the budget."""
-        return max(loss / self.max_loss, disagreement / DISAGREEMENT)
+        return max(measured.loss / self.max_loss, measured.disagreement / DISAGREEMENT)
 
     def better(self, new: Snapshot, old: Snapshot | None) -> bool:
         """Smaller within the budget, or of one size and further within it; for a fixed size, further within it."""
@@ -41,23 +51,29 @@ class Budget:
             return self.max_size is not None or new.violation <= 1
         if self.max_size is not None:
             return new.violation < old.violation
-        return new.violation <= 1 and (old.violation > 1 or (new.size, new.violation) < (old.size, old.violation))
+        if max(new.violation, old.violation) > 1:
+            return new.violation < old.violation
+        return (new.size, new.violation) < (old.size, old.violation)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A binary circuit met on the way: kept nodes [node] bool, how far it is within the budget, its loss and constants, and the
-    scores [node] that it was cut from."""
+    """A binary circuit met on the way: kept nodes [node] bool, how far it is within the budget, what was measured, its constants, and
+    the scores [node] that it was cut from."""
 
     kept: Tensor
     violation: float
-    loss: float
+    measured: Measured
     ablation: Ablation
     scores: Tensor | None = None
 
     @property
     def size(self) -> int:
         return int(self.kept.sum())
+
+    @property
+    def loss(self) -> float:
+        return self.measured.loss
 
 
 class Quadratic:
@@ -110,28 +126,25 @@ class Landscape:
     def circuit(self, kept: Tensor, ablation: Ablation) -> Circuit:
         return Circuit(self.space, self.gates(kept.float()), ablation)
 
-    def measure(self, flat: Tensor, rows: Tensor) -> tuple[float, float]:
-        """The loss, and the share of prompts on which the circuit chooses unlike the full model.
-
-        The loss is the highest of the groups' means over their prompts among `rows`.
-        """
+    def measure(self, flat: Tensor, rows: Tensor) -> Measured:
+        """Run gates [node] on some of the prompts."""
         with torch.no_grad():
             return self._accumulate(flat, rows, step=None)
 
-    def gradient(self, flat: Tensor, rows: Tensor, step: int) -> tuple[float, float, Tensor]:
+    def gradient(self, flat: Tensor, rows: Tensor, step: int) -> tuple[Measured, Tensor]:
         """`measure`, and the gradient of loss + hinge to the gates [node]. Raises FloatingPointError for NaN or inf logits."""
         leaf = flat.detach().clone().requires_grad_(True)
         if self._optimizer:
             self._optimizer.zero_grad()
         with torch.enable_grad():
-            loss, disagreement = self._accumulate(leaf, rows, step)
+            measured = self._accumulate(leaf, rows, step)
         if self._optimizer:
             self._optimizer.step()
         assert leaf.grad is not None
-        return loss, disagreement, leaf.grad
+        return measured, leaf.grad
 
-    def _accumulate(self, flat: Tensor, rows: Tensor, step: int | None) -> tuple[float, float]:
-        losses, wrong = [], 0.0
+    def _accumulate(self, flat: Tensor, rows: Tensor, step: int | None) -> Measured:
+        losses, wrong, hinges = [], 0.0, 0.0
         for chunk in self.reference.chunks(rows):
             prompts, full = self.reference.prompts[chunk], self.reference.full[chunk.to(self.reference.full.device)]
             logits = self._run(flat, chunk)
@@ -141,12 +154,14 @@ class Landscape:
             if self.budget.loss is kl_divergence:
                 hinge = choice_hinge(logits, full, prompts)
                 wanted = loss + HINGE_WEIGHT * hinge
-                wrong += float((prompts.logit_diff(logits) * prompts.logit_diff(full) < 0).sum())
+                hinges += float(hinge.detach().sum())
+                wrong += float((prompts.logit_diff(logits.detach()) * prompts.logit_diff(full) < 0).sum())
             if flat.requires_grad:
                 (wanted.sum() / len(rows)).backward()
             losses.append(loss.detach().cpu())
         per_prompt, group = torch.cat(losses), self.groups[rows]
-        return max(float(per_prompt[group == g].mean()) for g in group.unique()), wrong / len(rows)
+        worst = max(float(per_prompt[group == g].mean()) for g in group.unique())
+        return Measured(worst, wrong / len(rows), hinges / len(rows))
 
     def quadratic(self, kept: Tensor, rows: Tensor, nodes: Tensor, generator: torch.Generator) -> Quadratic:
         """The loss + hinge near a binary circuit as a quadratic of the gates of `nodes` [c] (Gauss-Newton).
@@ -185,8 +200,8 @@ class Landscape:
 
     def snapshot(self, kept: Tensor, rows: Tensor, scores: Tensor | None = None) -> Snapshot:
         """A binary circuit, measured with the constants as they are now."""
-        loss, disagreement = self.measure(kept.float().to(self.reference.full.device), rows)
-        return Snapshot(kept, self.budget.violation(loss, disagreement), loss, self.ablation_now(), scores)
+        measured = self.measure(kept.float().to(self.reference.full.device), rows)
+        return Snapshot(kept, self.budget.violation(measured), measured, self.ablation_now(), scores)
 
     def restore(self, ablation: Ablation) -> None:
         """Set the constants that are learned back to those of an earlier circuit."""

@@ -41,16 +41,40 @@ class Preference:
         """Whether the pairs are enough to tell, and show no task."""
         return len(self.prompts) >= FEWEST and not self.p_value <= SIGNIFICANT
 
-    def sample(self) -> tuple[PromptPairs, Int[Tensor, "prompt"]]:
-        """The prompts to search on and each one's group: those GIVEN, and TURNED ones where the model prefers the wrong answer on the
-        corrupted prompt, if it does so on average at least half as strongly as it prefers the answer on the clean one: only
-        then the corrupted prompts are prompts of the task themselves."""
+    def sample(self) -> Sample:
+        """The prompts to search on: those GIVEN, and TURNED ones where the model prefers the wrong answer on the corrupted prompt, if
+        it does so on average at least half as strongly as it prefers the answer on the clean one: only then the corrupted
+        prompts are prompts of the task themselves."""
+        pairs = torch.arange(len(self.prompts))
         enough = self.corrupted.mean() >= TURNED_SHARE * self.clean.mean() > 0
         if not enough or self.prompts.answers.shape != self.prompts.wrong_answers.shape:
-            return self.prompts, torch.full((len(self.prompts),), GIVEN)
-        again = self.turned[(self.corrupted > 0).nonzero()[:, 0]]
+            return Sample(self.prompts, torch.full_like(pairs, GIVEN), pairs)
+        also = (self.corrupted.cpu() > 0).nonzero()[:, 0]
+        again = self.turned[also]
         both = {f.name: torch.cat([getattr(self.prompts, f.name), getattr(again, f.name)]) for f in fields(PromptPairs)}
-        return PromptPairs(**both), torch.tensor([GIVEN] * len(self.prompts) + [TURNED] * len(again))
+        groups = torch.cat([torch.full_like(pairs, GIVEN), torch.full_like(also, TURNED)])
+        return Sample(PromptPairs(**both), groups, torch.cat([pairs, also]))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Prompts to search on, each one's group (GIVEN or TURNED) and the pair that it is of."""
+
+    prompts: PromptPairs
+    groups: Int[Tensor, "prompt"]
+    pairs: Int[Tensor, "prompt"]
+
+    @classmethod
+    def of(cls, prompts: PromptPairs) -> Sample:
+        """All prompts as given."""
+        return cls(prompts, torch.full((len(prompts),), GIVEN), torch.arange(len(prompts)))
+
+    def split(self, share: float, generator: torch.Generator) -> tuple[Int[Tensor, "a"], Int[Tensor, "b"]]:
+        """Indices of the prompts in two sets of whole pairs, the second with `share` of the pairs."""
+        n = int(self.pairs.max()) + 1
+        held = torch.zeros(n, dtype=torch.bool)
+        held[torch.randperm(n, generator=generator)[: round(share * n)]] = True
+        return (~held[self.pairs]).nonzero()[:, 0], held[self.pairs].nonzero()[:, 0]
 
 
 def preference(model: Any, prompts: PromptPairs, batch_size: int) -> Preference:

@@ -9,50 +9,55 @@ from torch import Tensor
 from tl_nodeprune.landscape import Landscape, Quadratic, Record, Snapshot
 from tl_nodeprune.objective import kl_divergence
 
-RADIUS, WIDEST, ALL_NODES = 0.1, 0.2, 16384
-SETTLED, STILL = 0.01, 3  # stop when as many rounds in a row bring less than this share
+RADIUS, WIDEST, WIDEN, NARROW, TRUSTED, DOUBTED = 0.1, 0.2, 1.3, 2.0, 0.7, 0.3
+ALL_NODES, LEAST_HINGE = 16384, 0.01
+SETTLED, STILL = 0.003, 3  # stop when as many rounds in a row bring less than this share
 
 Move = list[int]
 
 
 class Refinement:
-    """Improves a snapshot: fewer nodes within the budget, or for a fixed size a smaller loss. Never returns a worse one.
+    """Improves a snapshot: fewer nodes within the budget, or for a fixed size a smaller loss. Never returns a worse one, nor one that
+    is less sure of its choices (`choice_hinge`): what is lost there shows on fresh prompts only.
 
-    scores: [node], the search's; where there are very many nodes, only the best of the closed ones are candidates.
+    rows: of the reference's prompts, all of which the budget holds for. scores: [node], the search's; where there are very many
+    nodes, only the best of the closed ones are candidates.
     """
 
-    def __init__(self, landscape: Landscape, start: Snapshot, scores: Tensor, *, step_prompts: int, generator: torch.Generator,
-                 record: Record) -> None:
-        self.landscape, self.budget, self.best, self.scores = landscape, landscape.budget, start, scores
+    def __init__(self, landscape: Landscape, rows: Tensor, start: Snapshot, scores: Tensor, *, step_prompts: int,
+                 generator: torch.Generator, record: Record) -> None:
+        self.landscape, self.budget, self.scores = landscape, landscape.budget, scores
         self.generator, self.record = generator, record
         self._prices: list[float] = []
-        self.everything = torch.arange(len(landscape.reference.prompts))
-        n = len(self.everything)
-        self.rows = self.everything if n <= step_prompts else torch.randperm(n, generator=generator)[:step_prompts]
+        self.everything, n = rows, len(rows)
+        self.rows = rows if n <= step_prompts else rows[torch.randperm(n, generator=generator)[:step_prompts]]
+        self.best = landscape.snapshot(start.kept, rows)
+        self._hinge_limit = max(self.best.measured.hinge, LEAST_HINGE)
 
-    def run(self, rounds: int, first_step: int) -> Snapshot:
-        """Rounds of exchanges and removals, until they bring nothing or `rounds` are over."""
+    def run(self, rounds: int, first_step: int) -> int:
+        """Rounds of exchanges and removals, until they bring nothing or `rounds` are over. How many were run."""
         radius, still = RADIUS, 0
-        for step in range(first_step, first_step + rounds):
+        for n in range(rounds):
             before = self.best
             model = self.landscape.quadratic(before.kept, self.rows, self._candidates(), self.generator)
-            exchanges, removals = self._plan(model, max(int(radius * before.size), 2))
-            taken = self._take(model.nodes, exchanges, removals)
-            self.record(step, self.best.loss, self.best.size, max((cost for cost in self._prices), default=0.0))
-            radius = min(radius * 1.5, WIDEST) if taken else radius / 3
-            still = still + 1 if self._gain(before) < SETTLED else 0
-            if still >= STILL or radius * before.size < 1 and not taken or not exchanges and not removals:
-                break
-        return self.best
+            exchanges, changes = self._plan(model, max(int(radius * before.size), 2))
+            share = self._take(model.nodes, exchanges, changes)
+            self.record(first_step + n, self.best.loss, self.best.size, max(self._prices, default=0.0))
+            radius = min(radius * WIDEN, WIDEST) if share > TRUSTED else radius / NARROW if share < DOUBTED else radius
+            still = still + 1 if self._merit(self.best) > (1 - SETTLED) * self._merit(before) else 0
+            if still >= STILL or not exchanges and not changes:
+                return n + 1
+        return rounds
+
+    def _merit(self, found: Snapshot) -> float:
+        """What a round should lower: the loss for a fixed size or above the budget; else the size, with unused budget counted in."""
+        above = self.budget.max_size is not None or found.violation > 1
+        return found.violation if above else found.size * found.violation**0.5
 
     def _candidates(self) -> Tensor:
         kept = self.best.kept
         ranked = torch.where(kept, torch.inf, self.scores)
         return ranked.topk(min(len(kept), max(2 * int(kept.sum()), ALL_NODES))).indices
-
-    def _gain(self, before: Snapshot) -> float:
-        smaller = 1 - self.best.size / max(before.size, 1)
-        return max(smaller, 1 - self.best.violation / max(before.violation, 1e-12) if self.best.size == before.size else smaller)
 
     def _plan(self, model: Quadratic, flips: int) -> tuple[list[Move], list[Move]]:
         """Exchanges that lower the predicted loss, then removals (or, above the budget, openings) up to the budget."""
@@ -60,14 +65,14 @@ class Refinement:
         limit, self._prices = model.loss + room, []
         exchanges: list[Move] = []
         changes: list[Move] = []
-        while 2 * len(exchanges) < flips and (move := _exchange(model)):
+        while 4 * len(exchanges) < flips and (move := _exchange(model)):
             exchanges.append(move)
         if self.budget.max_size is not None:
             return exchanges, changes
         while model.loss > limit and not bool(model.kept.all()):
             changes.append([i := int(model.costs().masked_fill(model.kept, torch.inf).argmin())])
             model.flip(i)
-        while not changes or 2 * len(exchanges) + len(changes) < flips:
+        while 2 * len(changes) < flips:
             costs = model.costs().masked_fill(~model.kept, torch.inf)
             i = int(costs.argmin())
             if model.loss + float(costs[i]) > limit:
@@ -76,30 +81,29 @@ class Refinement:
             self._prices.append(model.flip(i))
         return exchanges, changes
 
-    def _take(self, nodes: Tensor, exchanges: list[Move], changes: list[Move]) -> bool:
-        """Take as many moves, in order, as measure better; all exchanges first. Whether any were."""
+    def _take(self, nodes: Tensor, exchanges: list[Move], changes: list[Move]) -> float:
+        """Take as many moves, in order, as measure better; all exchanges first. The share that was taken, 0 to 1."""
         moves, start = exchanges + changes, self.best
-        low, high = len(exchanges), len(moves)
+        taken, low, high = 0, len(exchanges), len(moves)
         if self._try(start, nodes, moves):
-            return True
+            return 1.0
         while low < high:  # the most changes that stay within the budget
             middle = (low + high) // 2
             if self._try(start, nodes, moves[:middle]):
-                low = middle + 1
+                taken, low = middle, middle + 1
             else:
                 high = middle
         count = len(exchanges) // 2
-        while self.best is start and count:
-            self._try(start, nodes, moves[:count])
-            count //= 2
-        return self.best is not start
+        while not taken and count:
+            taken, count = count if self._try(start, nodes, moves[:count]) else 0, count // 2
+        return taken / max(len(moves), 1)
 
     def _try(self, start: Snapshot, nodes: Tensor, moves: list[Move]) -> bool:
         kept = start.kept.clone()
         for i in (i for move in moves for i in move):
             kept[nodes[i]] = ~kept[nodes[i]]
         found = self.landscape.snapshot(kept, self.everything)
-        better = self.budget.better(found, self.best)
+        better = self.budget.better(found, self.best) and found.measured.hinge <= self._hinge_limit
         if better:
             self.best = found
         return better
@@ -139,12 +143,13 @@ class Refinement:
 
     def _fits(self, kept: Tensor) -> bool:
         """Whether a circuit is within the budget; for KL, which is never below 0, some prompts can be enough to say no."""
-        some = self.everything[:: max(len(self.everything) // 32, 1)]
-        if self.budget.loss is kl_divergence and len(some) < len(self.everything):
-            partial = self.landscape.snapshot(kept, some).loss * len(some)
-            if partial > self.budget.max_loss * len(self.everything) * 2:
-                return False
-        return self.landscape.snapshot(kept, self.everything).violation <= 1
+        groups = self.landscape.groups[self.everything]
+        given = self.everything[groups == groups[0]]
+        some = given[:: max(len(given) // 16, 1)]
+        if self.budget.loss is kl_divergence and self.landscape.snapshot(kept, some).loss * len(some) > self.budget.max_loss * len(given):
+            return False
+        found = self.landscape.snapshot(kept, self.everything)
+        return found.violation <= 1 and found.measured.hinge <= self._hinge_limit
 
 
 def _exchange(model: Quadratic) -> Move | None:

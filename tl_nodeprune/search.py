@@ -17,19 +17,19 @@ START_SHARES = (0.5, 0.25, 0.12, 0.06, 0.03)
 PATH = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85)
 RATE, RATE_DECAY = 0.3, 60
 WINDOW, SHRINK, GROW, STALLED = 10, 0.85, 1.12, 0.97
-PATIENCE = 9  # windows without a smaller circuit
+PATIENCE = 6  # windows without a smaller circuit
 
 
 class Search:
-    """One run of the search over a landscape; `run` gives the best snapshot."""
+    """One run of the search over a landscape and some of its prompts (rows); `run` gives the best snapshot."""
 
-    def __init__(self, landscape: Landscape, *, steps: int, step_prompts: int, generator: torch.Generator, record: Record,
-                 start: Circuit | None = None) -> None:
+    def __init__(self, landscape: Landscape, rows: Tensor, *, steps: int, step_prompts: int, generator: torch.Generator, record: Record,
+                 start: Circuit | None = None, first_step: int = 0) -> None:
         self.landscape, self.budget, self.steps, self.record = landscape, landscape.budget, steps, record
         self.generator, self.step_prompts = generator, step_prompts
-        self.everything = torch.arange(len(landscape.reference.prompts))
+        self.everything = rows
         self.best: Snapshot | None = None
-        self.start, self.taken = start, 0
+        self.start, self.first_step, self.taken = start, first_step, 0
 
     def run(self) -> Snapshot:
         """Start from integrated gradients, threshold and step until nothing improves, then trim."""
@@ -49,16 +49,16 @@ class Search:
                 lowest = float("inf")
             if stale >= PATIENCE * WINDOW and self.best:
                 break
-        return self._trim(self.best) if self.best and self.budget.max_size is None else self.best or self._grow(k)
+        return self._trim(self.best) if self.best and self.budget.max_size is None else self.best or self.grow(k, self.everything)
 
     def _rows(self) -> Tensor:
-        n = len(self.everything)
-        return self.everything if n <= self.step_prompts else torch.randperm(n, generator=self.generator)[: self.step_prompts]
+        rows = self.everything
+        return rows if len(rows) <= self.step_prompts else rows[torch.randperm(len(rows), generator=self.generator)[: self.step_prompts]]
 
     def _path_gradient(self) -> Tensor:
         """Mean gradient along the straight path from the ablated run to the full model: integrated gradients on the gates."""
         flats = [torch.full((self.landscape.n,), share) for share in PATH]
-        return torch.stack([self.landscape.gradient(self._placed(flat), self._rows(), step=0)[2] for flat in flats]).mean(0).cpu()
+        return torch.stack([self.landscape.gradient(self._placed(flat), self._rows(), step=0)[1] for flat in flats]).mean(0).cpu()
 
     def _placed(self, flat: Tensor) -> Tensor:
         return flat.to(self.landscape.reference.full.device)
@@ -85,15 +85,15 @@ class Search:
 
     def _step(self, step: int, k: int) -> tuple[bool, float]:
         kept, rows = self._top(k, self.scores), self._rows()
-        loss, disagreement, gradient = self.landscape.gradient(self._placed(kept.float()), rows, step)
-        found = Snapshot(kept, self.budget.violation(loss, disagreement), loss, self.landscape.ablation_now(), self.scores)
+        measured, gradient = self.landscape.gradient(self._placed(kept.float()), rows, step)
+        found = Snapshot(kept, self.budget.violation(measured), measured, self.landscape.ablation_now(), self.scores)
         if self.budget.better(found, self.best) and (len(rows) < len(self.everything) or self.landscape.constants):
             found = self.landscape.snapshot(kept, self.everything, self.scores)  # on all prompts, with constants that moved on
         if improved := self.budget.better(found, self.best):
             self.best = found
         gradient = gradient.cpu()
         self.scores = self.scores - RATE / (1 + step / RATE_DECAY) * gradient / _rms(gradient)
-        self.record(step, loss, k, float(self.scores.topk(k).values[-1]))
+        self.record(self.first_step + step, measured.loss, k, float(self.scores.topk(k).values[-1]))
         return improved, found.violation
 
     def _next_size(self, k: int, lowest: float, before: float) -> tuple[int, float]:
@@ -104,28 +104,28 @@ class Search:
             return min(int(k * GROW) + 1, self.landscape.n), float("inf")
         return k, lowest
 
-    def _grow(self, k: int) -> Snapshot:
+    def grow(self, k: int, rows: Tensor) -> Snapshot:
         """The smallest circuit within the budget that adds nodes by attribution to the last one; the full model at worst."""
         order = self._top(k, self.scores) * self.path_gradient.abs().max() * 2 + self.path_gradient.abs()
-        return self._bisect(order, k, self.landscape.n)
+        return self._bisect(order, k, self.landscape.n, rows)
 
     def _trim(self, best: Snapshot) -> Snapshot:
         """Drop the lowest scores of a circuit that is within the budget, as many as it allows; the scores are those it was cut from."""
         self.landscape.restore(best.ablation)
         assert best.scores is not None
-        trimmed = self._bisect(torch.where(best.kept, best.scores, -torch.inf), 0, best.size)
+        trimmed = self._bisect(torch.where(best.kept, best.scores, -torch.inf), 0, best.size, self.everything)
         return trimmed if self.budget.better(trimmed, best) else best
 
-    def _bisect(self, order: Tensor, low: int, high: int) -> Snapshot:
+    def _bisect(self, order: Tensor, low: int, high: int, rows: Tensor) -> Snapshot:
         """Between two sizes, a small one within the budget when nodes are kept in `order`; the larger end if none is."""
         found = high
         while low < high:
             middle = (low + high) // 2
-            if self.landscape.snapshot(self._top(middle, order), self.everything).violation <= 1:
+            if self.landscape.snapshot(self._top(middle, order), rows).violation <= 1:
                 found = high = middle
             else:
                 low = middle + 1
-        return self.landscape.snapshot(self._top(found, order), self.everything, order)
+        return self.landscape.snapshot(self._top(found, order), rows, order)
 
 
 def _rms(gradient: Tensor) -> Tensor:

@@ -1,0 +1,80 @@
+"""The stages of a search, from thresholding to exact tests, and the room that it leaves for fresh prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.landscape import Landscape, Record
+from tl_nodeprune.objective import kl_divergence
+from tl_nodeprune.preference import Sample
+from tl_nodeprune.refine import Refinement
+from tl_nodeprune.search import Search
+
+ROUND_COST = 12  # steps of the search that are worth one round of the refinement
+GAP_COST = 6  # one step in so many goes to the search that measures the gap
+HELD_OUT, FEWEST_TO_HOLD = 0.25, 16  # share of the pairs held out for the gap; from how many pairs on
+FRESH, TIGHTEST = 1.5, 0.4  # KL on fresh pairs over the budget, at most; the tightest budget over that asked for
+
+
+class Stages:
+    """The parts of a search in order: thresholding, refinement, the gap to fresh pairs, refinement within a budget that leaves room for
+    the gap, exact tests."""
+
+    def __init__(self, landscape: Landscape, sample: Sample, *, step_prompts: int, generator: torch.Generator, record: Record) -> None:
+        self.landscape, self.sample, self.budget = landscape, sample, landscape.budget
+        self.generator, self.common = generator, {"step_prompts": step_prompts, "generator": generator, "record": record}
+        self.everything, self.gap = torch.arange(len(sample.prompts)), float("nan")
+        self.taken = 0
+
+    def run(self, *, steps: int, exact_tests: int, start: Circuit | None) -> bool:
+        """Leaves the best circuit in `best`. Whether it is minimal as far as exact tests tell."""
+        by_kl = self.budget.loss is kl_divergence
+        rounds = steps // ROUND_COST if by_kl else 0
+        hold_out = rounds >= 2 and len(self.sample.pairs.unique()) >= FEWEST_TO_HOLD
+        again = steps // GAP_COST if hold_out else 0
+        search = Search(self.landscape, self.everything, steps=steps - rounds - again, start=start, **self.common)  # type: ignore[arg-type]
+        self.best, self.taken = search.run(), search.taken
+        self.landscape.restore(self.best.ablation)
+        finish = self._refine(search, rounds // 2 if again else rounds)
+        if again and self.best.size:
+            self._make_room(again)
+            finish = self._refine(search, rounds - rounds // 2)
+        if self.best.violation > 1 and self.budget.max_size is None:
+            finish = self._within_what_was_asked(search)
+        minimal = self.budget.max_size is None and finish.minimal(exact_tests)
+        self.best = finish.best
+        return minimal
+
+    def _refine(self, search: Search, rounds: int) -> Refinement:
+        finish = Refinement(self.landscape, self.everything, self.best, search.scores, **self.common)  # type: ignore[arg-type]
+        self.taken += finish.run(rounds, first_step=self.taken)
+        self.best = finish.best
+        return finish
+
+    def _make_room(self, steps: int) -> None:
+        """How much worse than on its own pairs a circuit of this size does on others: a search on three quarters of them, judged on the
+        rest. The budget is tightened by what is too much."""
+        rows, held = self.sample.split(HELD_OUT, self.generator)
+        self.landscape.budget = replace(self.budget, max_size=self.best.size)
+        search = Search(self.landscape, rows, steps=steps, first_step=self.taken, **self.common)  # type: ignore[arg-type]
+        found = search.run()
+        self.taken += search.taken
+        excess = self.landscape.snapshot(found.kept, held).loss - found.loss
+        self.gap = 1 + max(excess, 0.0) / max(self.best.loss, 1e-12)
+        self.landscape.restore(self.best.ablation)
+        room = min(1.0, max(FRESH / max(self.gap, 1e-12), TIGHTEST)) if self.budget.max_size is None else 1.0
+        self.landscape.budget = replace(self.budget, max_loss=self.budget.max_loss * room)
+
+    def _within_what_was_asked(self, search: Search) -> Refinement:
+        """Where there is no getting within the tighter budget: as far as it went, or, outside the one asked for, nodes added until that
+        is met."""
+        self.landscape.budget = self.budget
+        self.best = self.landscape.snapshot(self.best.kept, self.everything)
+        if self.best.violation > 1:
+            self.best = search.grow(self.best.size, self.everything)
+        elif self.best.loss > 0:
+            self.landscape.budget = replace(self.budget, max_loss=self.best.loss)
+        return self._refine(search, 0)
