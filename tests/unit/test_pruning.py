@@ -133,3 +133,76 @@ def test_result_kl_is_what_evaluate_finds(toy: Toy) -> None:
     model.remove_node_masks()
     assert tlnp.evaluate(model, result.circuit, prompts).kl == pytest.approx(result.kl, abs=1e-5)
     assert result.converged == (result.kl <= 0.5)
+
+
+@pytest.mark.parametrize(("loss", "error", "text"), [
+    (lambda a, b, p: (a - b).abs().mean(-1) * math.nan, FloatingPointError, "NaN or inf in the loss of the circuit"),
+    (lambda a, b, p: (a - b).abs().mean(), ValueError, r"one value for each of the 24 prompts; got \(\)"),
+    (lambda a, b, p: 0.5, ValueError, "got float"),
+])
+def test_a_loss_of_ones_own_is_checked(toy: Toy, masks: tlnp.NodeMasks, loss: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        masks.prune(toy[1], loss=loss, max_loss=0.1, steps=3, progress=False)
+    assert masks.to_circuit() == tlnp.Circuit.full(masks.space)
+
+
+@pytest.mark.parametrize("budget", [{"max_kl": "a"}, {"max_nodes": "5"}, {"max_nodes": True}, {"max_loss": None, "max_kl": [0.1]}])
+def test_budgets_must_be_numbers(toy: Toy, masks: tlnp.NodeMasks, budget: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="must be a number"):
+        masks.prune(toy[1], **budget)
+
+
+def test_prompts_must_be_pairs_and_masks_switched_on(toy: Toy, masks: tlnp.NodeMasks) -> None:
+    with pytest.raises(TypeError, match="must be PromptPairs, got NoneType"):
+        masks.prune(None, max_kl=0.1)
+    with masks.inactive(), pytest.raises(RuntimeError, match=r"switched off here; leave `with masks.inactive\(\)`"):
+        masks.prune(toy[1], max_kl=0.1)
+
+
+def test_means_are_fitted_to_each_searchs_own_prompts(toy: Toy) -> None:
+    model, prompts = toy
+    masks = model.add_node_masks("head", ablation="mean")
+    first, second = (masks.prune(part, max_nodes=0.5, steps=3, progress=False).circuit for part in (prompts[:6], prompts[6:12]))
+    model.remove_node_masks()
+    hook = "blocks.0.attn.hook_z"
+    assert not torch.equal(first.ablation.constants[hook], second.ablation.constants[hook])
+
+
+def test_the_paper_objective_trains_inside_no_grad_too(toy: Toy, masks: tlnp.NodeMasks) -> None:
+    with torch.no_grad():
+        result = masks.prune(toy[1], objective=tlnp.PaperObjective(steps=3, batch_size=24), progress=False)
+    assert len(result.history) == 3
+
+
+def test_a_start_must_be_over_the_same_nodes_and_is_kept_where_nothing_is_smaller(toy: Toy) -> None:
+    model, prompts = toy
+    masks = model.add_node_masks(("head", "mlp"))
+    found = masks.prune(prompts, max_kl=0.3, steps=40, progress=False)
+    again = masks.prune(prompts, max_kl=0.3, steps=2, start=found.circuit, progress=False)
+    assert again.circuit.size <= found.circuit.size and again.kl <= 0.3
+    other = tlnp.Circuit.full(masks.space.restrict("head"))
+    with pytest.raises(ValueError, match="start is a circuit over other nodes, head in layers"):
+        masks.prune(prompts, max_kl=0.3, start=other)
+    model.remove_node_masks()
+
+
+def test_no_circuit_is_claimed_where_the_labels_tell_nothing(toy: Toy) -> None:
+    model, prompts = toy
+    swap = torch.arange(len(prompts)) % 2 == 0
+    mixed = tlnp.PromptPairs(torch.where(swap[:, None], prompts.corrupted, prompts.clean),
+                             torch.where(swap[:, None], prompts.clean, prompts.corrupted), prompts.answers, prompts.wrong_answers)
+    masks = model.add_node_masks(("head", "mlp"))
+    with pytest.warns(UserWarning, match="no circuit is claimed"):
+        nothing = masks.prune(mixed, max_kl=0.3, steps=20, progress=False)
+    something = masks.prune(prompts, max_kl=0.3, steps=20, progress=False)
+    model.remove_node_masks()
+    assert not nothing.converged and nothing.p_value > 0.01
+    assert something.converged and something.p_value < 1e-6
+
+
+def test_the_gap_to_fresh_pairs_is_measured_from_16_pairs_on(toy: Toy) -> None:
+    model, prompts = toy
+    masks = model.add_node_masks(("head", "mlp"))
+    assert masks.prune(prompts, max_kl=0.3, steps=24, progress=False).gap >= 1
+    assert math.isnan(masks.prune(prompts[:15], max_kl=0.3, steps=24, progress=False).gap)
+    model.remove_node_masks()

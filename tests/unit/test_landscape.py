@@ -1,0 +1,82 @@
+"""Losses, gradients and local quadratic models of circuits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tl_nodeprune as tlnp
+from tl_nodeprune.hooks import find_nodes
+from tl_nodeprune.landscape import Budget, Landscape, Quadratic
+from tl_nodeprune.objective import Reference, fisher_probes
+
+Toy = tuple[Any, tlnp.PromptPairs]
+
+
+def landscape_of(toy: Toy, granularities: tuple[str, ...] | None = None) -> Landscape:
+    model, prompts = toy
+    space = find_nodes(model).restrict(granularities)
+    hooks = tuple(dict.fromkeys(key.hook for key in space.free()))
+    reference = Reference(model, prompts, tlnp.Ablation(), hooks, batch_size=10)
+    return Landscape(space, reference, Budget(), torch.zeros(len(prompts)))
+
+
+@pytest.mark.parametrize("granularities", [None, ("head", "mlp"), ("layer", "attn", "mlp_neuron"), ("attn_neuron", "mlp_out")])
+def test_the_quadratic_has_the_exact_slope(toy: Toy, granularities: tuple[str, ...] | None) -> None:
+    """Prompts' own gates and their backward passes, summed, are the one gradient that the search takes."""
+    landscape, generator = landscape_of(toy, granularities), torch.Generator().manual_seed(0)
+    kept, rows = torch.rand(landscape.n, generator=generator) < 0.7, torch.arange(len(toy[1]))
+    _, gradient = landscape.gradient(kept.float(), rows, 0)
+    model = landscape.quadratic(kept, rows, torch.arange(landscape.n), generator)
+    costs = torch.where(kept, -gradient, gradient) + model.rows.pow(2).sum(0) / 2
+    assert gradient.abs().max() > 0 and torch.allclose(model.costs(), costs, atol=1e-4 * float(costs.abs().max()))
+
+
+def test_the_quadratic_foretells_single_removals(toy: Toy) -> None:
+    landscape, generator, rows = landscape_of(toy, ("mlp_neuron",)), torch.Generator().manual_seed(0), torch.arange(len(toy[1]))
+    kept = torch.ones(landscape.n, dtype=torch.bool)
+    model = landscape.quadratic(kept, rows, torch.arange(landscape.n), generator)
+    likely = model.costs().topk(12).indices.tolist()
+    measured = []
+    for i in likely:
+        kept[i] = False
+        measured.append(landscape.measure(kept.float(), rows).loss)
+        kept[i] = True
+    foretold = model.costs()[likely]
+    assert torch.corrcoef(torch.stack([foretold, torch.tensor(measured)]))[0, 1] > 0.8
+    assert 0.5 < float(foretold.sum()) / sum(measured) < 2
+
+
+def test_flipping_adds_up_and_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, slope, kept = torch.randn(6, 5, generator=generator), torch.randn(5, generator=generator), torch.tensor([1, 1, 0, 0, 1]).bool()
+    model = Quadratic(torch.arange(5), kept, slope, rows, 0.3)
+    together = model.cost_of_closing(torch.tensor([0, 1]))
+    assert model.flip(0) + model.flip(1) == pytest.approx(float(together), abs=1e-5)
+    model.flip(2)
+    d = torch.tensor([-1.0, -1, 1, 0, 0])
+    assert model.loss == pytest.approx(float(0.3 + slope @ d + (rows @ d).pow(2).sum() / 2), abs=1e-4)
+    for i in (2, 1, 0):
+        model.flip(i)
+    assert model.loss == pytest.approx(0.3, abs=1e-5) and torch.equal(model.kept, kept)
+
+
+def test_fisher_probes_make_the_hessian_of_kl() -> None:
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    q = logits.softmax(-1)
+    wanted = torch.diag_embed(q) - q.unsqueeze(2) * q.unsqueeze(1)
+    exact = sum(v.unsqueeze(2) * v.unsqueeze(1) for v in fisher_probes(logits, exact=7))
+    assert torch.allclose(exact, wanted, atol=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [sum(v.unsqueeze(2) * v.unsqueeze(1) for v in fisher_probes(logits, generator, exact=3)) for _ in range(3000)]
+    assert torch.allclose(torch.stack(drawn).mean(0), wanted, atol=0.01)  # type: ignore[arg-type]
+
+
+def test_units_are_the_leaves_below_each_coarse_gate(toy: Toy) -> None:
+    landscape = landscape_of(toy)
+    sizes = sorted(len(unit) for unit in landscape.units())
+    heads, attns, mlps, layers = 12 * [24], 3 * [96], 3 * [480], 3 * [576]
+    assert sizes == sorted(heads + attns + mlps + layers)
+    assert landscape_of(toy, ("attn_neuron",)).units() == []

@@ -1,0 +1,67 @@
+"""The finish of a search: never worse, within the budget, minimal where exact tests say so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_landscape import landscape_of
+
+import tl_nodeprune as tlnp
+from tl_nodeprune.landscape import Budget, Landscape
+from tl_nodeprune.refine import Refinement
+
+Toy = tuple[Any, tlnp.PromptPairs]
+
+
+def refinement(landscape: Landscape, kept: torch.Tensor, budget: Budget) -> Refinement:
+    landscape.budget = budget
+    rows = torch.arange(len(landscape.reference.prompts))
+    return Refinement(landscape, rows, landscape.snapshot(kept, rows), torch.zeros(landscape.n), step_prompts=128,
+                      generator=torch.Generator().manual_seed(0), record=lambda *step: None)
+
+
+def test_a_full_model_shrinks_within_its_budget(toy: Toy) -> None:
+    landscape = landscape_of(toy, ("attn_neuron", "mlp_out"))
+    finish = refinement(landscape, torch.ones(landscape.n, dtype=torch.bool), Budget(max_loss=0.1))
+    sizes = []
+    for _ in range(4):
+        finish.run(1, 0)
+        sizes.append(finish.best.size)
+        assert finish.best.violation <= 1
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.9 * landscape.n
+
+
+def test_at_a_fixed_size_exchanges_only_lower_the_loss(toy: Toy) -> None:
+    landscape = landscape_of(toy, ("mlp_neuron",))
+    kept = torch.arange(landscape.n) % 2 == 0
+    finish = refinement(landscape, kept, Budget(max_size=int(kept.sum())))
+    before = finish.best.loss
+    finish._hinge_limit = float("inf")
+    finish.run(4, 0)
+    assert finish.best.loss < 0.7 * before and finish.best.size == int(kept.sum())
+
+
+def test_above_the_budget_it_opens_nodes(toy: Toy) -> None:
+    landscape = landscape_of(toy, ("head", "mlp"))
+    finish = refinement(landscape, torch.zeros(landscape.n, dtype=torch.bool), Budget(max_loss=0.5))
+    assert finish.best.violation > 1
+    finish._hinge_limit = float("inf")
+    finish.run(12, 0)
+    assert finish.best.violation < 1 or finish.best.size > 0
+
+
+@pytest.mark.parametrize("granularities", [("head", "mlp"), None])
+def test_minimal_means_that_no_unit_can_go(toy: Toy, granularities: tuple[str, ...] | None) -> None:
+    landscape = landscape_of(toy, granularities)
+    finish = refinement(landscape, torch.ones(landscape.n, dtype=torch.bool), Budget(max_loss=0.3))
+    complete = finish.minimal(landscape.n if granularities else 4)
+    assert complete == bool(granularities) and finish.best.violation <= 1 and finish.best.size < landscape.n
+    units = landscape.units() if granularities is None else [torch.tensor([i]) for i in range(landscape.n)]
+    for unit in units:
+        kept = finish.best.kept.clone()
+        kept[unit] = False
+        if int(kept.sum()) < finish.best.size:
+            found = landscape.snapshot(kept, finish.everything)
+            assert found.violation > 1 or found.measured.hinge > finish._hinge_limit
