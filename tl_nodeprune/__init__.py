@@ -19,11 +19,13 @@ from tl_nodeprune.nodes import GRANULARITIES
 from tl_nodeprune.objective import PaperObjective, kl_divergence
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.pruning import PruneResult, prune
+from tl_nodeprune.sweep import Sweep, sweep
 
 __version__ = "0.1.0"
 __all__ = [
     "GRANULARITIES", "Ablation", "Circuit", "Evaluation", "HardConcrete", "NodeMasks", "PaperObjective", "PromptPairs", "PruneResult",
-    "StepGate", "add_node_masks", "crosscheck", "evaluate", "kl_divergence", "prune", "remove_node_masks", "tasks", "toy", "viz",
+    "StepGate", "Sweep", "add_node_masks", "crosscheck", "evaluate", "kl_divergence", "prune", "remove_node_masks", "sweep", "tasks", "toy",
+    "viz",
 ]
 
 

@@ -1,0 +1,223 @@
+"""`sweep`: circuits over several budgets and seeds, for the frontier of size against faithfulness and for how stable they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_nodeprune.ablation import Ablation, as_ablation
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.evaluation import Evaluation, evaluate
+from tl_nodeprune.hooks import device_of
+from tl_nodeprune.masks import add_node_masks
+from tl_nodeprune.parallel import in_tasks, is_loader
+from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.pruning import PruneResult, prune
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One search of a sweep. max_kl: its budget, nats; seed: of its split and its draws; held_out: on the prompts it did not see."""
+
+    max_kl: float
+    seed: int
+    result: PruneResult
+    held_out: Evaluation
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `sweep` found: a run per seed and budget, by seed, each from the smallest budget to the largest."""
+
+    runs: tuple[SweepRun, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per run.
+
+        max_kl: nats; nodes, share: live leaf nodes, count and share of all; kl: nats, on the prompts of the search;
+        held_out_kl, accuracy, faithfulness: on the held-out prompts, see `Evaluation`; seconds: wall time of the search.
+        """
+        return pd.DataFrame([_row(run) for run in self.runs])
+
+    def frontier(self) -> pd.DataFrame:
+        """Nodes against held-out KL: a row per max_kl with the median over seeds of every column of `to_frame`; "converged" is
+        the share of seeds that met the budget."""
+        table = self.to_frame().drop(columns="seed").groupby("max_kl")
+        medians = table.median(numeric_only=True)
+        return medians.assign(converged=table["converged"].mean()).reset_index()
+
+    def frequency(self, max_kl: float) -> dict[str, Float[Tensor, "..."]]:
+        """The share of seeds whose circuit keeps each node, 0 to 1: hook name -> tensor shaped as a circuit's mask at that hook.
+
+        Raises: ValueError for a max_kl that was not swept.
+        """
+        circuits = self._circuits(max_kl).values()
+        return {hook: torch.stack([circuit[hook] for circuit in circuits]).mean(0) for hook in next(iter(circuits))}
+
+    def iou(self, max_kl: float) -> pd.DataFrame:
+        """Intersection over union of live leaf nodes between every two seeds' circuits, 0 to 1; rows and columns are seeds.
+
+        Raises: ValueError for a max_kl that was not swept.
+        """
+        circuits = self._circuits(max_kl)
+        table = {seed: {other: circuit.iou(circuits[other]) for other in circuits} for seed, circuit in circuits.items()}
+        return pd.DataFrame(table).rename_axis(index="seed", columns="seed")
+
+    def consensus(self, max_kl: float, share: float = 0.5) -> Circuit:
+        """The leaf nodes that are live in at least `share` of the seeds' circuits, and what stands above them.
+
+        The ablation is the circuits' own; constants ("mean", "optimal") are their mean over seeds. No run has tested this
+        circuit against the budget: `evaluate` it.
+
+        Raises: ValueError for a max_kl that was not swept, or a share that is not above 0 and at most 1.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"share={share}; it must be above 0 and at most 1 (1: only nodes that every seed's circuit keeps).")
+        circuits = list(self._circuits(max_kl).values())
+        # what is above a live node is live too, so a parent never has fewer votes than what is below it
+        votes = {key: torch.stack([circuit.live(*key) for circuit in circuits]).double().mean(0) for key in circuits[0].space.shapes}
+        gates = {key: vote >= share - 1e-9 for key, vote in votes.items()}
+        return Circuit(circuits[0].space, gates, _mean_ablation([circuit.ablation for circuit in circuits]))
+
+    def _circuits(self, max_kl: float) -> dict[int, Circuit]:
+        found = {run.seed: run.result.circuit for run in self.runs if math.isclose(run.max_kl, max_kl)}
+        if not found:
+            swept = ", ".join(str(value) for value in dict.fromkeys(run.max_kl for run in self.runs))
+            raise ValueError(f"max_kl={max_kl} was not swept; swept were {swept or 'none'}.")
+        return found
+
+    def __repr__(self) -> str:
+        seeds = list(dict.fromkeys(run.seed for run in self.runs))
+        return f"{len(self.runs)} runs, seeds {seeds}; medians over seeds\n{self.frontier().round(4).to_string(index=False)}"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All that one seed's runs need except the model."""
+
+    seed: int
+    budgets: tuple[float, ...]
+    train: PromptPairs
+    held_out: PromptPairs
+    granularities: tuple[str, ...] | None
+    ablation: Ablation
+
+
+def sweep(
+    model: Any, prompts: PromptPairs, *, max_kl: Sequence[float] = (0.02, 0.05, 0.1, 0.2), seeds: Sequence[int] = (0, 1, 2),
+    granularities: Iterable[str] | None = None, ablation: str | Ablation = "interchange", share: float = 0.75,
+    executor: Executor | None = None, progress: bool = True,
+) -> Sweep:
+    """The smallest circuit within each budget of `max_kl` (nats), for each seed: size against held-out KL, and how stable it is.
+
+    A seed draws its own split of the prompts, `prompts.split(share, seed)`: the first part is searched on, the rest judges.
+    It is the search's seed as well. So what differs between seeds is the prompts and the draws: a search on the same prompts
+    is deterministic or nearly so, and agreement between its repeats would say little. A seed's budgets run from the smallest
+    max_kl (the largest circuit) to the largest, each from the circuit before, so circuits do not grow with the budget.
+
+    model: a HookedTransformer or TransformerBridge, left as it was; or a function without arguments that returns a new one
+        at each call. prompts: two or more. granularities, ablation: as `add_node_masks` takes them.
+    executor: any concurrent.futures Executor, one task per seed (ThreadPoolExecutor, ProcessPoolExecutor, loky, Dask's
+        `client.get_executor()`, mpi4py's pools); None: here, one seed after the other. Every task works on a model of its own:
+        in threads a copy; in other processes the pickled model, or, since a TransformerBridge cannot be pickled, what a
+        function that can be imported there returns. Start processes by "spawn" or "forkserver": torch's threads can hang in
+        forked ones. No result holds a model; its tensors are on the CPU.
+    progress: a bar over all runs.
+
+    Raises: ValueError for max_kl or seeds that are empty, doubled or out of range, fewer than 2 prompts, a share that is not
+    between 0 and 1; TypeError for what is of another type, and a model that the executor's processes cannot be given; RuntimeError
+    where node masks or a circuit are attached; all before any search begins. Then what `prune` raises; tasks not begun are cancelled.
+    """
+    works = _works(prompts, _budgets(max_kl), _seeds(seeds), granularities, as_ablation(ablation), share)
+    if executor is not None and not isinstance(executor, Executor):
+        raise TypeError(f"executor must be a concurrent.futures.Executor or None, got {type(executor).__name__}; "
+                        "for a Dask client give client.get_executor().")
+    if not is_loader(model):
+        _check(model, works[0])
+    with tqdm(total=len(works) * len(works[0].budgets), desc="sweep", disable=not progress) as bar:
+        if executor is None:
+            here = model() if is_loader(model) else model
+            found = [_runs(here, work, bar.update) for work in works]
+        else:
+            found = in_tasks(executor, _runs, model, works, done=lambda: bar.update(len(works[0].budgets)))
+    return Sweep(tuple(run for runs in found for run in runs))
+
+
+def _works(prompts: PromptPairs, budgets: tuple[float, ...], seeds: tuple[int, ...], granularities: Iterable[str] | None,
+           ablation: Ablation, share: float) -> list[_Work]:
+    if not isinstance(prompts, PromptPairs):
+        raise TypeError(f"prompts must be PromptPairs, got {type(prompts).__name__}; see PromptPairs.from_strings.")
+    names = (granularities,) if isinstance(granularities, str) else None if granularities is None else tuple(granularities)
+    return [_Work(seed, budgets, *prompts.split(share, seed), names, ablation) for seed in seeds]
+
+
+def _budgets(given: Any) -> tuple[float, ...]:
+    values = _several("max_kl", given, Real, "(0.05, 0.1)")
+    for value in values:
+        if not 0 < value < float("inf"):
+            raise ValueError(f"max_kl={values} holds {value}; each must be a finite number above 0 (nats).")
+    return tuple(sorted(float(value) for value in values))
+
+
+def _seeds(given: Any) -> tuple[int, ...]:
+    return tuple(int(value) for value in _several("seeds", given, Integral, "(0, 1, 2)"))
+
+
+def _several(name: str, given: Any, kind: type, example: str) -> tuple[Any, ...]:
+    """What was given as a tuple. Raises ValueError where it is empty or doubled, TypeError where it is not several of a kind."""
+    values = tuple(given) if isinstance(given, Iterable) else ()
+    if not isinstance(given, Iterable) or any(isinstance(value, bool) or not isinstance(value, kind) for value in values):
+        raise TypeError(f"{name}={given!r}; give several {'whole ' if kind is Integral else ''}numbers, such as {example}.")
+    if not values:
+        raise ValueError(f"{name} is empty; give one or more numbers, such as {example}.")
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise ValueError(f"{name}={values} holds {twice[0]} more than once; give each once.")
+    return values
+
+
+def _check(model: Any, work: _Work) -> None:
+    """Raises what each task would: nodes that are not there, masks or a circuit attached, prompts that do not fit."""
+    add_node_masks(model, work.granularities, ablation=work.ablation).remove()
+    work.train.check_fits(model)
+    work.held_out.check_fits(model)
+
+
+def _runs(model: Any, work: _Work, done: Callable[[], object] = lambda: None) -> list[SweepRun]:
+    """One seed's runs, from the smallest budget to the largest. The model is left without masks."""
+    _check(model, work)
+    train, held_out = (part.to(device_of(model)) for part in (work.train, work.held_out))
+    found: list[SweepRun] = []
+    for max_kl in work.budgets:
+        start = found[-1].result.circuit if found else None
+        # learned constants go with the circuit that they were learned for; without them it might miss its own budget
+        masks = add_node_masks(model, work.granularities, ablation=start.ablation if start else work.ablation)
+        try:
+            result = prune(masks, train, max_kl=max_kl, start=start, seed=work.seed, progress=False)
+        finally:
+            masks.remove()
+        found.append(SweepRun(max_kl, work.seed, result, evaluate(model, result.circuit, held_out)))
+        done()
+    return found
+
+
+def _mean_ablation(given: list[Ablation]) -> Ablation:
+    constants = {hook: torch.stack([one.constants[hook] for one in given]).mean(0) for hook in given[0].constants}
+    return Ablation(given[0].name, constants)
+
+
+def _row(run: SweepRun) -> dict[str, Any]:
+    circuit, held_out = run.result.circuit, run.held_out
+    return {"max_kl": run.max_kl, "seed": run.seed, "converged": run.result.converged, "nodes": circuit.size, "share": 1 - circuit.sparsity,
+            "kl": run.result.kl, "held_out_kl": held_out.kl, "accuracy": held_out.accuracy, "faithfulness": held_out.faithfulness,
+            "seconds": run.result.seconds}
