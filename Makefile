@@ -7,7 +7,7 @@ LENS := $(if $(filter 3.9,$(TL)),transformer_lens==3.9.0,transformer_lens>=4.3$(
 TORCH := torch==2.13.0# a CPU build on PyPI; any torch that is there already serves as well
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint bench install clean
+.PHONY: demo test test-slow lint bench bench-frontier install clean
 demo: install
 	$(VENV)/bin/tl-nodeprune demo
 
@@ -22,6 +22,9 @@ lint: install
 
 bench: install
 	$(RUN) tests/benchmarks/cost.py
+
+bench-frontier: install
+	$(RUN) tests/benchmarks/frontier.py --out out/frontier
 
 install: $(VENV)/.done
 $(VENV)/.done: pyproject.toml Makefile

@@ -1,0 +1,137 @@
+"""Circuits by other means, of a size given: attribution, magnitude, chance, and TransformerLens' own attribution.
+
+A method scores the leaf nodes of a `Landscape`, flat [node]; the best of them are the circuit, as many as make it of the size given
+once those that change nothing are left out (`lift`). Call all of it with the masks inactive.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tl_nodeprune as tlnp
+from tl_nodeprune.hooks import capture_nodes
+from tl_nodeprune.landscape import Budget, Landscape
+from tl_nodeprune.nodes import GateKey, NodeSpace
+from tl_nodeprune.objective import Reference, positions
+
+FULL, ABLATED, PATH = (1.0,), (0.0,), tuple((i + 0.5) / 10 for i in range(10))
+"""Points on the straight path from the ablated run (0) to the full model (1); the gradient is averaged over them."""
+
+
+def pure_kl(logits: Tensor, full: Tensor, prompts: tlnp.PromptPairs) -> Tensor:
+    """KL(full || circuit), another function than the library's own, to which a landscape adds a hinge."""
+    return tlnp.kl_divergence(logits, full)
+
+
+def lost_logit_diff(logits: Tensor, full: Tensor, prompts: tlnp.PromptPairs) -> Tensor:
+    return -prompts.logit_diff(logits)
+
+
+def landscape(masks: tlnp.NodeMasks, prompts: tlnp.PromptPairs) -> Landscape:
+    """Over the leaf nodes of attached masks, as `prune` has it."""
+    hooks = tuple(dict.fromkeys(key.hook for key in masks.space.free()))
+    reference = Reference(masks.model, prompts, masks.ablation, hooks)
+    return Landscape(masks.space, reference, Budget(), torch.zeros(len(prompts), dtype=torch.long))
+
+
+def gradient(land: Landscape, loss: Any, points: Sequence[float]) -> Tensor:
+    """Minus the loss' gradient to the gates, averaged over points of the path: what opening a node gains."""
+    here = Landscape(land.space, land.reference, Budget(loss), land.groups)
+    rows = torch.arange(len(land.groups))
+    return -torch.stack([here.gradient(torch.full((here.n,), point), rows, step=0)[2] for point in points]).mean(0)
+
+
+def by_hook(land: Landscape, values: dict[str, Tensor]) -> Tensor:
+    """Scores by hook name, each of its leaf gate's shape, as the landscape's flat vector."""
+    return torch.cat([values[key.hook].detach().flatten() for key in land.keys])
+
+
+def magnitude(land: Landscape) -> Tensor:
+    """Norm over prompts and positions of a node's activation, clean - corrupted."""
+    prompts, hooks = land.reference.prompts, land.reference.hooks
+    clean, corrupted = (capture_nodes(land.reference.model, tokens, hooks) for tokens in (prompts.clean, prompts.corrupted))
+    real = prompts.attention_mask
+    return by_hook(land, {hook: (clean[hook] - corrupted[hook])[real].norm(dim=0) for hook in hooks})
+
+
+def weight_norm(land: Landscape) -> Tensor:
+    """Norm of the weights by which a node writes; for an output dim of an MLP, of those by which it is written."""
+    model = land.reference.model
+    w_o, w_out = model.W_O, model.W_out
+    norms = {"attn_neuron": w_o.norm(dim=-1), "mlp_neuron": w_out.norm(dim=-1), "mlp_out": w_out.norm(dim=-2)}
+    return torch.cat([norms[key.granularity][key.layer].detach().flatten() for key in land.keys])
+
+
+SCORES: dict[str, Callable[[Landscape], Tensor]] = {
+    "attribution, logit diff, at the full model": lambda land: gradient(land, lost_logit_diff, FULL).abs(),
+    "attribution, logit diff, at the ablated run": lambda land: gradient(land, lost_logit_diff, ABLATED).abs(),
+    "attribution, logit diff, integrated": lambda land: gradient(land, lost_logit_diff, PATH).abs(),
+    "attribution, KL, at the ablated run": lambda land: gradient(land, pure_kl, ABLATED),  # at the full model it is 0
+    "attribution, KL, integrated": lambda land: gradient(land, pure_kl, PATH),
+    "magnitude, clean - corrupted": magnitude,
+    "magnitude, weight norm": weight_norm,
+}
+
+
+def top(land: Landscape, scores: Tensor, size: int) -> tlnp.Circuit:
+    """The leaf nodes with the highest scores: as few as have `size` live ones with an effect, or more."""
+    order = scores.cpu().argsort(descending=True)
+
+    def first(k: int) -> tlnp.Circuit:
+        kept = torch.zeros(land.n, dtype=torch.bool)
+        kept[order[:k]] = True
+        return lift(land.circuit(kept, land.reference.ablation), land.space)
+
+    return first(bisect_left(range(land.n), size, key=lambda k: first(k).size))
+
+
+def random(land: Landscape, size: int, seed: int) -> tlnp.Circuit:
+    return top(land, torch.rand(land.n, generator=torch.Generator().manual_seed(seed)), size)
+
+
+def lens_attribution(land: Landscape, size: int) -> tlnp.Circuit:
+    """Whole heads and MLP blocks in the order of |score| of TransformerLens' `attribution_patch` (logit difference, summed over
+    positions), until `size` leaf nodes or more are kept; so never fewer than the others have.
+
+    Raises: ImportError on TransformerLens 3; whatever it raises itself, as on frozen weights. Call it with no masks attached.
+    """
+    from transformer_lens.tools.analysis.attribution_patching import attribution_patch
+
+    scores: dict[tuple[str, int, int | None], float] = {}
+    prompts = land.reference.prompts
+    for i, end in enumerate(positions(prompts).tolist()):
+        pair, width = prompts[i], slice(0, end + 1)  # no padding: it takes no attention mask
+        result = attribution_patch(land.reference.model, pair.clean[:, width], pair.corrupted[:, width],
+                                   lambda logits, pair=pair: pair.logit_diff(logits[:, -1]).sum())
+        for node, score in result.node_scores.items():
+            place = (node.kind, node.layer, node.head)
+            scores[place] = scores.get(place, 0.0) + score
+    ids, kept = land.gates(torch.arange(land.n)), torch.zeros(land.n, dtype=torch.bool)
+    for kind, layer, head in sorted(scores, key=lambda place: -abs(scores[place])):
+        if int(kept.sum()) >= size:
+            break
+        if kind == "attn_head_out":
+            kept[ids[GateKey("attn_neuron", layer)][head]] = True
+        elif kind == "mlp_out":
+            kept[torch.cat([ids[GateKey(name, layer)] for name in ("mlp_neuron", "mlp_out")])] = True
+    return land.circuit(kept, land.reference.ablation)
+
+
+def lift(circuit: tlnp.Circuit, space: NodeSpace) -> tlnp.Circuit:
+    """The same circuit over all nodes of `space`: what was not gated is open, less those nodes that change nothing.
+
+    Without effect is a neuron of an MLP that has no live output dim, and an output dim of one without live neuron: under
+    interchange ablation the MLP then writes what it writes in the corrupted run, to the bit of rounding.
+    """
+    gates = {key: circuit.live(*key) if key in circuit.space.shapes else torch.ones(shape) for key, shape in space.shapes.items()}
+    for layer in space.layers:
+        neurons, outs = (gates.get(GateKey(name, layer)) for name in ("mlp_neuron", "mlp_out"))
+        if neurons is not None and outs is not None and not (neurons.any() and outs.any()):
+            neurons.zero_()
+            outs.zero_()
+    return tlnp.Circuit(space, gates, circuit.ablation)

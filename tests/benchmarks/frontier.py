@@ -1,0 +1,223 @@
+"""Size against faithfulness: ours, the reference method and the baselines on every task, in one run on one machine.
+
+`python tests/benchmarks/frontier.py --out DIR` (or `make bench-frontier`) writes results.json after each measurement, and table.md
+and frontier.html after each task and seed. What DIR holds already is not run again. The stories3M tasks need TL_NODEPRUNE_MODELS.
+
+A seed draws the split (half of the prompts that the full model answers right to search on, the others held out; the same for every
+method) and is the search's own seed. Sizes are live leaf nodes of the full node space without those that change nothing
+(`baselines.lift`), for every method alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS / folder) for folder in ("benchmarks", "golden", "integration") if str(TESTS / folder) not in sys.path]
+
+import baselines  # noqa: E402
+import report  # noqa: E402
+import test_planted as planted  # noqa: E402
+import test_stories as stories  # noqa: E402
+from report import EQUAL_BUDGET, Results, budget_name  # noqa: E402
+
+import tl_nodeprune as tlnp  # noqa: E402
+from tl_nodeprune.hooks import find_nodes  # noqa: E402
+from tl_nodeprune.landscape import Landscape  # noqa: E402
+
+PAPER_GRANULARITIES = ("attn", "mlp", "head", "attn_neuron", "mlp_neuron", "mlp_out")  # "layer" is off by default there
+TOYS = tuple(f"toy/{name}" for name in ("ioi", "gendered_pronoun", "greater_than"))
+STORIES = tuple(f"stories3M/{name}" for name in stories.TASKS)
+LAMS, BUDGETS = (0.90, 0.95, 0.97, 0.98, 0.99, 0.995), (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+MARGIN = 1.6  # of the extra run for a paper run that is more faithful than all of our grid
+ONE_GRANULARITY = {"head": "ours, heads only", "mlp_neuron": "ours, MLP neurons only"}
+LENS, DRAWS = "attribution, TransformerLens, whole heads and MLPs", 10
+
+
+@cache
+def load(task: str, n: int) -> tuple[Any, tlnp.PromptPairs]:
+    """A model and those of the task's prompts that it answers right, of `n` for the embedded model."""
+    name, which = task.split("/")
+    model, prompts = tlnp.toy.load(which, n=n) if name == "toy" else (stories_model(name), stories.task(name, which))
+    return model, prompts.correct(model)
+
+
+@cache
+def stories_model(name: str) -> Any:
+    return stories.load(name)
+
+
+@contextmanager
+def attached(model: Any, granularities: tuple[str, ...] | None = None) -> Iterator[tlnp.NodeMasks]:
+    masks = model.add_node_masks(granularities)
+    try:
+        yield masks
+    finally:
+        model.remove_node_masks()
+
+
+class Bench:
+    """One task and seed: the methods, each measured on the same held-out prompts and added to the results."""
+
+    def __init__(self, results: Results, task: str, seed: int, options: argparse.Namespace) -> None:
+        self.results, self.task, self.seed, self.options = results, task, seed, options
+        self.model, prompts = load(task, options.toy_prompts)
+        self.train, self.test = prompts.split(0.5, seed=seed)
+        self.space = find_nodes(self.model).restrict()
+
+    def run(self, search_seeds: list[int]) -> None:
+        for lam in self.options.lams:
+            steps = self.options.paper_steps
+            objective = tlnp.PaperObjective(lam=lam, steps=steps, warmup=steps * 2 // 3)
+            self.prune("paper", f"paper, lam {lam:g}", PAPER_GRANULARITIES, objective=objective, noted={"lam": lam})
+        for budget in self.options.budgets:
+            self.prune("ours", budget_name(budget), max_kl=budget)
+        self.match_paper()
+        for granularity, name in ONE_GRANULARITY.items():
+            self.prune("one granularity", name, (granularity,), max_kl=EQUAL_BUDGET)
+        for seed in search_seeds:
+            self.prune("stability", f"{budget_name(EQUAL_BUDGET)}, search seed {seed}", search_seed=seed, max_kl=EQUAL_BUDGET)
+        self.equal_size()
+
+    def match_paper(self) -> None:
+        """One more run of ours for each paper run that is more faithful on held-out prompts than every run of ours so far."""
+        for paper in self.rows("paper"):
+            kl = paper["kl"]
+            if kl > 0 and min(row["kl"] for row in self.rows("ours")) > kl:
+                self.prune("ours", f"ours, for {paper['method']}", max_kl=kl / MARGIN)
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        return [e for e in self.results.entries if (e["task"], e["seed"], e["kind"]) == (self.task, self.seed, kind)]
+
+    def prune(self, kind: str, method: str, granularities: tuple[str, ...] | None = None, *, search_seed: int | None = None,
+              noted: dict[str, Any] | None = None, **search: Any) -> None:
+        if self.results.has(self.task, self.seed, method):
+            return
+        if kind != "paper":
+            search |= self.options.search
+        search_seed = self.seed if search_seed is None else search_seed
+        with attached(self.model, granularities) as masks, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "no circuit within the budget")
+            result = masks.prune(self.train, seed=search_seed, progress=False, **search)
+        self.add(kind, method, result.circuit, seconds=result.seconds, converged=result.converged, train_kl=result.kl,
+                 minimal=result.minimal, search_seed=search_seed, steps=len(result.history), max_kl=search.get("max_kl"), **(noted or {}))
+
+    def add(self, kind: str, method: str, circuit: tlnp.Circuit, **noted: Any) -> None:
+        circuit = baselines.lift(circuit, self.space)
+        found = tlnp.evaluate(self.model, circuit, self.test)
+        self.results.add(self.task, self.seed, method, kind=kind, size=circuit.size, size_total=circuit.size_total, kl=found.kl,
+                         accuracy=found.accuracy, exact_match=found.exact_match, faithfulness=found.faithfulness,
+                         nodes=circuit.count(), parameters=circuit.parameters, circuit=self.results.save(circuit), **noted)
+
+    def equal_size(self) -> None:
+        """The baselines, as large as ours at the budget that all comparisons at equal size are made at."""
+        (ours,) = (row for row in self.rows("ours") if row["method"] == budget_name(EQUAL_BUDGET))
+        with attached(self.model) as masks, masks.inactive():
+            land = baselines.landscape(masks, self.train)
+            for name, scores in baselines.SCORES.items():
+                self.equal(name, lambda scores=scores: baselines.top(land, scores(land), ours["size"]))
+            self.random(land, ours["size"])
+        self.equal(LENS, lambda: baselines.lens_attribution(land, ours["size"]))
+
+    def equal(self, method: str, make: Callable[[], tlnp.Circuit]) -> None:
+        if self.results.has(self.task, self.seed, method):
+            return
+        start, kind = time.perf_counter(), method.split(",")[0]
+        try:
+            circuit = make()
+        except (ImportError, AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+            self.results.add(self.task, self.seed, method, kind=kind, note=f"not available: {type(error).__name__}: {error}")
+        else:
+            self.add(kind, method, circuit, seconds=time.perf_counter() - start)
+
+    def random(self, land: Landscape, size: int) -> None:
+        if self.results.has(self.task, self.seed, report.RANDOM_BEST):
+            return
+        circuits = [baselines.random(land, size, seed=DRAWS * self.seed + i) for i in range(DRAWS)]
+        found = [tlnp.evaluate(self.model, circuit, self.test) for circuit in circuits]
+        draws = pd.DataFrame({"size": [float(circuit.size) for circuit in circuits],
+                              **{name: [getattr(each, name) for each in found] for name in ("kl", "accuracy")}})
+        for method, row in ((report.RANDOM_MEAN, draws.mean()), (report.RANDOM_BEST, draws.loc[draws["kl"].idxmin()])):
+            self.results.add(self.task, self.seed, method, kind="random", size_total=land.n, draws=draws["kl"].tolist(), **row.to_dict())
+
+
+def run_planted(results: Results, seed: int, options: argparse.Namespace) -> None:
+    """Exact recovery of the planted circuits, at every granularity, and the negative control: labels that tell nothing."""
+    plants = ("lookup", "conjunction") if options.quick else tuple(planted.planted.PLANTS)
+    for name, which in planted.CASES:
+        if results.has("planted", seed, f"{name}, {which}") or name not in plants or options.quick and which not in planted.COARSE:
+            continue
+        wired, search = planted.plant(name, seed), {"steps": 40} if which in planted.COARSE else options.search
+        result = planted.prune(wired, wired.prompts(24, seed), which, seed, **search)
+        found, answers = planted.nodes_of(result.circuit), wired.answers(result.circuit.space)
+        nearest = min(answers, key=lambda answer: len(answer ^ found))
+        results.add("planted", seed, f"{name}, {which}", kind="planted", which=which, exact=found in answers, seconds=result.seconds,
+                    missing=len(nearest - found), too_many=len(found - nearest), converged=result.converged, train_kl=result.kl)
+    for name in plants:
+        if not results.has("planted", seed, f"{name}, negative control"):
+            wired = planted.plant(name, seed)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                claimed = planted.claims_a_circuit(wired, planted.exchanged(wired.prompts(24, seed), seed=seed))
+            results.add("planted", seed, f"{name}, negative control", kind="control", converged=claimed)
+
+
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", default=[*TOYS, *STORIES], choices=[*TOYS, *STORIES, "planted"], metavar="TASK",
+                        help=f"some of {', '.join([*TOYS, *STORIES])}; planted alone leaves the others out")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--lams", nargs="+", type=float, default=list(LAMS))
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help=f"{EQUAL_BUDGET} is always among them")
+    parser.add_argument("--paper-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=300, help="of our searches, at most")
+    parser.add_argument("--toy-prompts", type=int, default=100, help="of each task of the embedded model")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="toy tasks, one seed, two lams, one budget, few steps: does it run?")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.tasks, options.seeds, options.lams, options.budgets = list(TOYS), [0], [0.95, 0.99], [EQUAL_BUDGET]
+        options.paper_steps, options.steps, options.toy_prompts = 60, 20, 24
+    options.budgets = sorted({*options.budgets, EQUAL_BUDGET})
+    options.search = {"steps": options.steps} | ({"exact_tests": 4} if options.quick else {})
+    return options
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Run what is missing in the folder, write, and return the folder."""
+    options = options_of(arguments)
+    torch.set_num_threads(options.threads)
+    settings = {name: getattr(options, name) for name in ("paper_steps", "steps", "toy_prompts", "threads", "quick")}
+    results, first = Results(options.out, settings), options.seeds[0]
+    tasks = [task for task in options.tasks if task != "planted"]
+    if not os.environ.get("TL_NODEPRUNE_MODELS") and any(task in STORIES for task in tasks):
+        print("TL_NODEPRUNE_MODELS is not set: the stories3M tasks are left out.", flush=True)
+        tasks = [task for task in tasks if task not in STORIES]
+    for seed in options.seeds:
+        for task in tasks:
+            start = time.perf_counter()
+            more = 1 if options.quick else 2
+            Bench(results, task, seed, options).run([seed + i + 1 for i in range(more)] if seed == first else [])
+            report.write(results)
+            print(f"{task} seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+        run_planted(results, seed, options)
+        report.write(results)
+    print((options.out / "table.md").read_text())
+    return options.out
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The frontier bench runs, writes what it says, takes up what is there, and its figures follow from the measurements."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tl_nodeprune as tlnp
+from tl_nodeprune.hooks import find_nodes
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import baselines  # noqa: E402
+import frontier  # noqa: E402
+import report  # noqa: E402
+
+SETTINGS = {"steps": 1}
+
+
+def add(results: report.Results, method: str, kind: str, size: int, kl: float, **noted: Any) -> None:
+    results.add("toy/ioi", 0, method, kind=kind, size=size, size_total=1000, kl=kl, accuracy=1.0, **noted)
+
+
+def test_the_figures_follow_from_the_measurements(tmp_path: Path) -> None:
+    results = report.Results(tmp_path, SETTINGS)
+    add(results, "paper, lam 0.9", "paper", 500, 0.04, lam=0.9, seconds=10.0)
+    add(results, "paper, lam 0.95", "paper", 100, 0.2, lam=0.95, seconds=10.0)
+    add(results, "paper, lam 0.97", "paper", 50, 0.001, lam=0.97, seconds=10.0)
+    add(results, "paper, lam 0.99", "paper", 0, 9.0, lam=0.99, seconds=10.0)
+    add(results, "ours, max_kl 0.05", "ours", 80, 0.06, max_kl=0.05, seconds=4.0)
+    add(results, "ours, max_kl 0.02", "ours", 200, 0.03, max_kl=0.02, seconds=8.0)
+    add(results, "attribution, x", "attribution", 80, 0.24)
+    add(results, "attribution, y", "attribution", 80, 0.12)
+    add(results, report.RANDOM_BEST, "random", 80, 0.03)
+    found = report.matches(results.frame()).set_index("lam")
+    assert found["ratio"].to_dict() == {0.9: 200 / 500, 0.95: 80 / 100, 0.97: 1000 / 50}
+    assert found["method"].tolist() == ["ours, max_kl 0.02", "ours, max_kl 0.05", "the full model"]
+    assert found["of_grid"].tolist()[:2] == [0.2, 0.1] and found["of_run"].tolist()[:2] == [0.8, 0.4]
+    summary = report.summary(results, results.frame()).set_index("figure")
+    shown = {"size at a paper run's": ("0.8", "NO"), "the same, worst": ("20", "NO"), "our time / the whole": ("0.15", "yes"),
+             "KL at equal size, ours / best": ("0.5", "NO"), "KL at equal size, ours / random": ("2", "NO"),
+             "held-out KL / max_kl": ("1.35", "yes"), "IoU at max_kl 0.05, search": ("not measured", "")}
+    for start, (measured, reached) in shown.items():
+        (row,) = [summary.loc[name] for name in summary.index if name.startswith(start)]
+        assert (row["measured"], row["reached"]) == (measured, reached), start
+
+
+def test_times_of_two_runs_are_not_compared(tmp_path: Path) -> None:
+    add(report.Results(tmp_path, SETTINGS), "paper, lam 0.9", "paper", 500, 0.04, lam=0.9, seconds=10.0)
+    again = report.Results(tmp_path, SETTINGS)
+    assert again.has("toy/ioi", 0, "paper, lam 0.9") and not again.has("toy/ioi", 1, "paper, lam 0.9")
+    add(again, "ours, max_kl 0.05", "ours", 80, 0.04, max_kl=0.05, seconds=4.0)
+    found = report.matches(again.frame())
+    assert found["ratio"].tolist() == [80 / 500] and found["of_grid"].isna().all() and len(again.runs) == 2
+    with pytest.raises(SystemExit, match="other --out"):
+        report.Results(tmp_path, {"steps": 2})
+
+
+def test_baselines_have_the_size_asked_for_and_lifting_changes_no_output(toy: tuple[Any, tlnp.PromptPairs]) -> None:
+    model, prompts = toy
+    space = find_nodes(model).restrict()
+    with frontier.attached(model) as masks, masks.inactive():
+        land = baselines.landscape(masks, prompts)
+        for name, scores in baselines.SCORES.items():
+            flat = scores(land)
+            assert flat.shape == (land.n,) and flat.std() > 0, name
+            assert baselines.top(land, flat, 300).size >= 300, name
+        assert baselines.random(land, 300, seed=0).size == 300
+        assert baselines.random(land, 300, seed=0) != baselines.random(land, 300, seed=1)
+    for granularity in ("head", "mlp_neuron"):
+        small = space.restrict([granularity])
+        gates = {key: (torch.arange(shape[0]) % 2 == 0) & (key.layer > 0) for key, shape in small.shapes.items()}
+        circuit = tlnp.Circuit(small, gates)
+        lifted = baselines.lift(circuit, space)
+        assert lifted.size < lifted.size_total
+        got, want = (tlnp.evaluate(model, c, prompts).circuit for c in (lifted, circuit))
+        assert got.kl == pytest.approx(want.kl, rel=1e-3) and got.logit_diff == pytest.approx(want.logit_diff, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_quick_bench_writes_its_tables(tmp_path: Path) -> None:
+    quick = ["--out", str(tmp_path), "--quick", "--threads", str(torch.get_num_threads())]
+    frontier.main(quick)
+    held, table = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "table.md").read_text()
+    methods = ["paper, lam 0.95", "paper, lam 0.99", "ours, max_kl 0.05", *frontier.ONE_GRANULARITY.values(), *baselines.SCORES,
+               report.RANDOM_MEAN, report.RANDOM_BEST, frontier.LENS]
+    for task in frontier.TOYS:
+        assert f"## {task}" in table
+        assert {e["method"] for e in held["entries"] if e["task"] == task} >= set(methods)
+    for method in methods:
+        assert table.count(f"| {method} |") == len(frontier.TOYS)
+    assert "| planted, head: share recovered exactly |" in table and "| planted, negative control: circuits claimed |" in table
+    assert "plotly" in (tmp_path / "frontier.html").read_text() and held["runs"][0]["torch"]
+    frontier.main(quick)
+    assert json.loads((tmp_path / "results.json").read_text()) == held
