@@ -43,7 +43,7 @@ def gradient(land: Landscape, loss: Any, points: Sequence[float]) -> Tensor:
     """Minus the loss' gradient to the gates, averaged over points of the path: what opening a node gains."""
     here = Landscape(land.space, land.reference, Budget(loss), land.groups)
     rows = torch.arange(len(land.groups))
-    return -torch.stack([here.gradient(torch.full((here.n,), point), rows, step=0)[2] for point in points]).mean(0)
+    return -torch.stack([here.gradient(torch.full((here.n,), point), rows, step=0)[1] for point in points]).mean(0)
 
 
 def by_hook(land: Landscape, values: dict[str, Tensor]) -> Tensor:
