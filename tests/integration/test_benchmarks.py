@@ -35,6 +35,7 @@ def test_the_figures_follow_from_the_measurements(tmp_path: Path) -> None:
     add(results, "ours, max_kl 0.02", "ours", 200, 0.03, max_kl=0.02, seconds=8.0)
     add(results, "attribution, x", "attribution", 80, 0.24)
     add(results, "attribution, y", "attribution", 80, 0.12)
+    add(results, "attribution, too large to compare", "attribution", 300, 0.001)
     add(results, report.RANDOM_BEST, "random", 80, 0.03)
     found = report.matches(results.frame()).set_index("lam")
     assert found["ratio"].to_dict() == {0.9: 200 / 500, 0.95: 80 / 100, 0.97: 1000 / 50}
