@@ -47,6 +47,14 @@ def fresh_toy() -> Toy:
     return tlnp.toy.load("ioi", n=24)
 
 
+@pytest.fixture()
+def frozen_toy(toy: Toy) -> Iterator[Toy]:
+    """The embedded model with its weights frozen, as they are while masks are attached."""
+    toy[0].requires_grad_(False)
+    yield toy
+    toy[0].requires_grad_(True)
+
+
 @pytest.fixture(scope="session")
 def other_model(toy: Toy) -> Any:
     """A model of other shape, untrained, with the same tokenizer."""

@@ -113,24 +113,33 @@ class Refinement:
 
         tests: of single nodes at most, the likeliest first. Whether no single node is left that could go.
         """
-        for groups, limit in ((self.landscape.units(), None), ([[i] for i in range(self.landscape.n)], tests)):
-            again = True
-            while again:
-                again, done = self._remove_one_by_one([torch.as_tensor(group) for group in groups], limit)
-                limit = None if limit is None else max(limit - done, 0)
-        return self._tested_all
+        before, left, complete = None, tests, True
+        while self.best is not before and self.best.size:
+            self._remove_one_by_one(self.landscape.units(), limit=None)
+            before = self.best
+            took, complete = self._remove_one_by_one(list(before.kept.nonzero()), limit=left)
+            left -= took
+        return complete
 
-    def _remove_one_by_one(self, groups: list[Tensor], limit: int | None) -> tuple[bool, int]:
-        """One pass over the groups that are live, the cheapest first. Whether any went, and how many were tested."""
-        live = [group for group in groups if bool(self.best.kept[group].any())]
-        gone, self._tested_all = False, limit is None or len(live) <= limit
-        live = [live[i] for i in self._prices_of(live).argsort().tolist()[:limit]]
-        for group in live:
+    def _remove_one_by_one(self, groups: list[Tensor], limit: int | None) -> tuple[int, bool]:
+        """Try the groups round and round, the cheapest first, until none can go from the circuit as it is by then. How many tests that
+        took, and whether it came to its end."""
+        waiting = [groups[i] for i in self._prices_of(groups).argsort().tolist()]
+        failed: list[Tensor] = []
+        tests = 0
+        while waiting and (limit is None or tests < limit):
+            group = waiting.pop(0)
             kept = self.best.kept.clone()
             kept[group] = False
-            if int(kept.sum()) < self.best.size and self._fits(kept):
-                self.best, gone = self.landscape.snapshot(kept, self.everything), True
-        return gone, len(live)
+            if int(kept.sum()) == self.best.size:
+                continue
+            tests += 1
+            if self._fits(kept):
+                self.best = self.landscape.snapshot(kept, self.everything)
+                waiting, failed = waiting + failed, []
+            else:
+                failed.append(group)
+        return tests, not waiting
 
     def _prices_of(self, groups: list[Tensor]) -> Tensor:
         """What each group's removal would cost by the quadratic model, or by the scores for a loss that has none."""

@@ -14,7 +14,7 @@ from tl_nodeprune.refine import Refinement
 from tl_nodeprune.search import Search
 
 ROUND_COST = 12  # steps of the search that are worth one round of the refinement
-GAP_COST = 6  # one step in so many goes to the search that measures the gap
+GAP_COST = 10  # one step in so many goes to the search that measures the gap
 HELD_OUT, FEWEST_TO_HOLD = 0.25, 16  # share of the pairs held out for the gap; from how many pairs on
 FRESH, TIGHTEST = 1.5, 0.4  # KL on fresh pairs over the budget, at most; the tightest budget over that asked for
 

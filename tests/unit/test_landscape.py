@@ -24,28 +24,28 @@ def landscape_of(toy: Toy, granularities: tuple[str, ...] | None = None) -> Land
 
 
 @pytest.mark.parametrize("granularities", [None, ("head", "mlp"), ("layer", "attn", "mlp_neuron"), ("attn_neuron", "mlp_out")])
-def test_the_quadratic_has_the_exact_slope(toy: Toy, granularities: tuple[str, ...] | None) -> None:
+def test_the_quadratic_has_the_exact_slope(frozen_toy: Toy, granularities: tuple[str, ...] | None) -> None:
     """Prompts' own gates and their backward passes, summed, are the one gradient that the search takes."""
-    landscape, generator = landscape_of(toy, granularities), torch.Generator().manual_seed(0)
-    kept, rows = torch.rand(landscape.n, generator=generator) < 0.7, torch.arange(len(toy[1]))
+    landscape, generator = landscape_of(frozen_toy, granularities), torch.Generator().manual_seed(0)
+    kept, rows = torch.rand(landscape.n, generator=generator) < 0.7, torch.arange(len(frozen_toy[1]))
     _, gradient = landscape.gradient(kept.float(), rows, 0)
     model = landscape.quadratic(kept, rows, torch.arange(landscape.n), generator)
     costs = torch.where(kept, -gradient, gradient) + model.rows.pow(2).sum(0) / 2
     assert gradient.abs().max() > 0 and torch.allclose(model.costs(), costs, atol=1e-4 * float(costs.abs().max()))
 
 
-def test_the_quadratic_foretells_single_removals(toy: Toy) -> None:
-    landscape, generator, rows = landscape_of(toy, ("mlp_neuron",)), torch.Generator().manual_seed(0), torch.arange(len(toy[1]))
+def test_the_quadratic_foretells_single_removals(frozen_toy: Toy) -> None:
+    landscape, rows = landscape_of(frozen_toy, ("attn_neuron",)), torch.arange(len(frozen_toy[1]))
     kept = torch.ones(landscape.n, dtype=torch.bool)
-    model = landscape.quadratic(kept, rows, torch.arange(landscape.n), generator)
-    likely = model.costs().topk(12).indices.tolist()
+    model = landscape.quadratic(kept, rows, torch.arange(landscape.n), torch.Generator().manual_seed(0))
+    some = model.costs().argsort(descending=True)[:60:10].tolist()
     measured = []
-    for i in likely:
+    for i in some:
         kept[i] = False
         measured.append(landscape.measure(kept.float(), rows).loss)
         kept[i] = True
-    foretold = model.costs()[likely]
-    assert torch.corrcoef(torch.stack([foretold, torch.tensor(measured)]))[0, 1] > 0.8
+    foretold = model.costs()[some]
+    assert torch.corrcoef(torch.stack([foretold, torch.tensor(measured)]))[0, 1] > 0.9
     assert 0.5 < float(foretold.sum()) / sum(measured) < 2
 
 
@@ -74,9 +74,9 @@ def test_fisher_probes_make_the_hessian_of_kl() -> None:
     assert torch.allclose(torch.stack(drawn).mean(0), wanted, atol=0.01)  # type: ignore[arg-type]
 
 
-def test_units_are_the_leaves_below_each_coarse_gate(toy: Toy) -> None:
-    landscape = landscape_of(toy)
+def test_units_are_the_leaves_below_each_coarse_gate(frozen_toy: Toy) -> None:
+    landscape = landscape_of(frozen_toy)
     sizes = sorted(len(unit) for unit in landscape.units())
     heads, attns, mlps, layers = 12 * [24], 3 * [96], 3 * [480], 3 * [576]
     assert sizes == sorted(heads + attns + mlps + layers)
-    assert landscape_of(toy, ("attn_neuron",)).units() == []
+    assert landscape_of(frozen_toy, ("attn_neuron",)).units() == []

@@ -22,8 +22,8 @@ def refinement(landscape: Landscape, kept: torch.Tensor, budget: Budget) -> Refi
                       generator=torch.Generator().manual_seed(0), record=lambda *step: None)
 
 
-def test_a_full_model_shrinks_within_its_budget(toy: Toy) -> None:
-    landscape = landscape_of(toy, ("attn_neuron", "mlp_out"))
+def test_a_full_model_shrinks_within_its_budget(frozen_toy: Toy) -> None:
+    landscape = landscape_of(frozen_toy, ("attn_neuron", "mlp_out"))
     finish = refinement(landscape, torch.ones(landscape.n, dtype=torch.bool), Budget(max_loss=0.1))
     sizes = []
     for _ in range(4):
@@ -33,8 +33,8 @@ def test_a_full_model_shrinks_within_its_budget(toy: Toy) -> None:
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.9 * landscape.n
 
 
-def test_at_a_fixed_size_exchanges_only_lower_the_loss(toy: Toy) -> None:
-    landscape = landscape_of(toy, ("mlp_neuron",))
+def test_at_a_fixed_size_exchanges_only_lower_the_loss(frozen_toy: Toy) -> None:
+    landscape = landscape_of(frozen_toy, ("mlp_neuron",))
     kept = torch.arange(landscape.n) % 2 == 0
     finish = refinement(landscape, kept, Budget(max_size=int(kept.sum())))
     before = finish.best.loss
@@ -43,8 +43,8 @@ def test_at_a_fixed_size_exchanges_only_lower_the_loss(toy: Toy) -> None:
     assert finish.best.loss < 0.7 * before and finish.best.size == int(kept.sum())
 
 
-def test_above_the_budget_it_opens_nodes(toy: Toy) -> None:
-    landscape = landscape_of(toy, ("head", "mlp"))
+def test_above_the_budget_it_opens_nodes(frozen_toy: Toy) -> None:
+    landscape = landscape_of(frozen_toy, ("head", "mlp"))
     finish = refinement(landscape, torch.zeros(landscape.n, dtype=torch.bool), Budget(max_loss=0.5))
     assert finish.best.violation > 1
     finish._hinge_limit = float("inf")
@@ -53,8 +53,8 @@ def test_above_the_budget_it_opens_nodes(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("granularities", [("head", "mlp"), None])
-def test_minimal_means_that_no_unit_can_go(toy: Toy, granularities: tuple[str, ...] | None) -> None:
-    landscape = landscape_of(toy, granularities)
+def test_minimal_means_that_no_unit_can_go(frozen_toy: Toy, granularities: tuple[str, ...] | None) -> None:
+    landscape = landscape_of(frozen_toy, granularities)
     finish = refinement(landscape, torch.ones(landscape.n, dtype=torch.bool), Budget(max_loss=0.3))
     complete = finish.minimal(landscape.n if granularities else 4)
     assert complete == bool(granularities) and finish.best.violation <= 1 and finish.best.size < landscape.n
