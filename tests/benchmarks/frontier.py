@@ -78,18 +78,29 @@ class Bench:
         self.space = find_nodes(self.model).restrict()
 
     def run(self, search_seeds: list[int]) -> None:
+        """The parts asked for, in this order. search_seeds: of the searches again on the same split."""
+        self.search_seeds = search_seeds
+        for part, method in self.PARTS.items():
+            if part in self.options.parts:
+                method(self)
+
+    def paper(self) -> None:
         for lam in self.options.lams:
             steps = self.options.paper_steps
             objective = tlnp.PaperObjective(lam=lam, steps=steps, warmup=steps * 2 // 3)
             self.prune("paper", f"paper, lam {lam:g}", PAPER_GRANULARITIES, objective=objective, noted={"lam": lam})
+
+    def ours(self) -> None:
         for budget in self.options.budgets:
             self.prune("ours", budget_name(budget), max_kl=budget)
-        self.match_paper()
+
+    def one_granularity(self) -> None:
         for granularity, name in ONE_GRANULARITY.items():
             self.prune("one granularity", name, (granularity,), max_kl=EQUAL_BUDGET)
-        for seed in search_seeds:
+
+    def stability(self) -> None:
+        for seed in self.search_seeds:
             self.prune("stability", f"{budget_name(EQUAL_BUDGET)}, search seed {seed}", search_seed=seed, max_kl=EQUAL_BUDGET)
-        self.equal_size()
 
     def match_paper(self) -> None:
         """One more run of ours for each paper run that is more faithful on held-out prompts than every run of ours so far."""
@@ -110,8 +121,9 @@ class Bench:
         search_seed = self.seed if search_seed is None else search_seed
         with attached(self.model, granularities) as masks, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "no circuit within the budget")
+            start = time.process_time()
             result = masks.prune(self.train, seed=search_seed, progress=False, **search)
-        self.add(kind, method, result.circuit, seconds=result.seconds, converged=result.converged, train_kl=result.kl,
+        self.add(kind, method, result.circuit, seconds=time.process_time() - start, converged=result.converged, train_kl=result.kl,
                  minimal=result.minimal, search_seed=search_seed, steps=len(result.history), max_kl=search.get("max_kl"), **(noted or {}))
 
     def add(self, kind: str, method: str, circuit: tlnp.Circuit, **noted: Any) -> None:
@@ -134,13 +146,13 @@ class Bench:
     def equal(self, method: str, make: Callable[[], tlnp.Circuit]) -> None:
         if self.results.has(self.task, self.seed, method):
             return
-        start, kind = time.perf_counter(), method.split(",")[0]
+        start, kind = time.process_time(), method.split(",")[0]
         try:
             circuit = make()
         except (ImportError, AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
             self.results.add(self.task, self.seed, method, kind=kind, note=f"not available: {type(error).__name__}: {error}")
         else:
-            self.add(kind, method, circuit, seconds=time.perf_counter() - start)
+            self.add(kind, method, circuit, seconds=time.process_time() - start)
 
     def random(self, land: Landscape, size: int) -> None:
         if self.results.has(self.task, self.seed, report.RANDOM_BEST):
@@ -151,6 +163,9 @@ class Bench:
                               **{name: [getattr(each, name) for each in found] for name in ("kl", "accuracy")}})
         for method, row in ((report.RANDOM_MEAN, draws.mean()), (report.RANDOM_BEST, draws.loc[draws["kl"].idxmin()])):
             self.results.add(self.task, self.seed, method, kind="random", size_total=land.n, draws=draws["kl"].tolist(), **row.to_dict())
+
+    PARTS = {"paper": paper, "ours": ours, "match": match_paper, "single": one_granularity, "stability": stability, "equal": equal_size}
+
 
 
 def run_planted(results: Results, seed: int, options: argparse.Namespace) -> None:
@@ -185,6 +200,8 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--paper-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=300, help="of our searches, at most")
     parser.add_argument("--toy-prompts", type=int, default=100, help="of each task of the embedded model")
+    parser.add_argument("--parts", nargs="+", default=list(Bench.PARTS), choices=list(Bench.PARTS), metavar="PART",
+                        help=f"some of {', '.join(Bench.PARTS)}; equal needs ours")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="toy tasks, one seed, two lams, one budget, few steps: does it run?")
     options = parser.parse_args(arguments)

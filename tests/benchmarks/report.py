@@ -22,13 +22,13 @@ EQUAL_BUDGET = 0.05
 EQUAL = 1.1  # times our size at most is equal size
 RANDOM_MEAN, RANDOM_BEST = "random, mean of 10", "random, best of 10"
 COLUMNS = {"size": "live leaf nodes", "share": "share", "kl": "held-out KL", "accuracy": "held-out accuracy", "train_kl": "search KL",
-           "seconds": "seconds", "seeds": "seeds"}
+           "seconds": "CPU seconds", "seeds": "seeds"}
 NOTES = """Live leaf nodes: of the full node space, less those that change nothing; for every method alike. KL(full || circuit) in nats at
 the answer positions, interchange ablation. Medians over seeds; a seed draws the split (half to search on, half held out).
 Attribution, magnitude and random circuits are as large as ours at max_kl 0.05 on the same split; TransformerLens' attribution
 keeps whole heads and MLPs until it is at least as large. The best attribution is the one with the lowest held-out KL on each
 split, of those at most 1.1 x as large as ours. `paper` runs PaperObjective, without "layer" gates and without hinge.
-One-granularity runs keep all nodes that they do not gate. Times are compared within one run of the bench only.
+One-granularity runs keep all nodes that they do not gate. Times are CPU seconds of the process, compared on one machine only.
 """
 
 
@@ -80,7 +80,8 @@ class Results:
         named = ("task", "seed", "method", "kind", "run", "search_seed", "circuit", "note")
         table = pd.DataFrame(self.entries).reindex(columns=[*named, *numbers])
         table = table[~table["kind"].isin(["planted", "control"])].astype(dict.fromkeys(numbers, float))
-        return table.assign(share=table["size"] / table["size_total"])
+        machines = [f"{self.runs[i]['host']}, {self.runs[i]['threads']} threads" for i in table["run"]]
+        return table.assign(share=table["size"] / table["size_total"], machine=machines)
 
 
 def machine() -> dict[str, Any]:
@@ -101,7 +102,7 @@ def cpu_name() -> str:
 def matches(frame: pd.DataFrame) -> pd.DataFrame:
     """For each paper run that keeps something: our smallest circuit that is as faithful on the held-out prompts, else the full model.
 
-    Times are compared only within one run of the bench.
+    Times are compared on one machine with one number of threads only.
     """
     rows = []
     for _, paper in frame[(frame["kind"] == "paper") & (frame["size"] > 0)].iterrows():
@@ -111,7 +112,7 @@ def matches(frame: pd.DataFrame) -> pd.DataFrame:
                "ratio": paper["size_total"] / paper["size"]}
         if len(ours):
             best = ours.sort_values(["size", "kl"]).iloc[0]
-            timed = grid["run"].nunique() == 1 and best["run"] == paper["run"]
+            timed = grid["machine"].nunique() == 1 and best["machine"] == paper["machine"]
             row |= {"method": best["method"], "ratio": best["size"] / paper["size"]}
             row |= {"of_grid": best["seconds"] / grid["seconds"].sum(), "of_run": best["seconds"] / paper["seconds"]} if timed else {}
         rows.append(row)
