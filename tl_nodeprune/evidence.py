@@ -15,7 +15,7 @@ from scipy import stats
 
 from tl_nodeprune.ablation import ABLATIONS, Ablation
 from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.evaluation import Evaluation, evaluate
+from tl_nodeprune.evaluation import evaluate
 from tl_nodeprune.hooks import check_ready
 from tl_nodeprune.hypotheses import HypothesisTest, equivalence, independence, minimality
 from tl_nodeprune.masks import masks_off
@@ -64,9 +64,9 @@ def report(
         evaluation = evaluate(model, circuit, judged, batch_size=batch_size)
         ablations, left_out = _under_each_ablation(model, circuit, judged, batch_size)
         return Report(
-            settings=Settings(circuit.space.model_name, circuit.ablation.name, circuit.space.granularities, circuit.space.layers, circuit.size,
-                              circuit.size_total, len(judged), held_out is not None, units, len(trial.tried), len(trial.kept), n_random,
-                              n_subsets, alpha, seed),
+            settings=Settings(circuit.space.model_name, circuit.ablation.name, circuit.space.granularities, circuit.space.layers,
+                              circuit.size, circuit.size_total, len(judged), held_out is not None, units, len(trial.tried),
+                              len(trial.kept), n_random, n_subsets, alpha, seed),
             evaluation=evaluation, searched=None if held_out is None else evaluate(model, circuit, prompts, batch_size=batch_size),
             intervals=_intervals(trial, seed), task_p=math.nan if _paired_with_itself(judged) else task.p_value,
             completeness=trial.completeness(n_subsets), null=trial.random_circuits(n_random), **tests, ablations=ablations,

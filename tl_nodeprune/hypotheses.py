@@ -137,7 +137,8 @@ def _kernel(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     if not distances.max() > 1e-6 * max(1.0, float(abs(values).max())):
         raise ValueError(f"independence needs scores that differ between prompts; the {name}'s are {values[0]:.4g} on all of them.")
     width = float(np.median(distances)) or float(distances[distances > 0].mean())
-    return np.exp(-(squareform(distances) ** 2) / (2 * width**2))  # type: ignore[no-any-return]
+    kernel: NDArray[np.float64] = np.exp(-(squareform(distances) ** 2) / (2 * width**2))
+    return kernel
 
 
 def _pairs(one: Tensor, other: Tensor, name: str) -> int:
@@ -150,4 +151,4 @@ def _pairs(one: Tensor, other: Tensor, name: str) -> int:
 
 
 def _array(values: Tensor) -> NDArray[np.float64]:
-    return values.detach().double().cpu().numpy()  # type: ignore[no-any-return]
+    return values.detach().double().cpu().numpy()

@@ -11,7 +11,7 @@ from tl_nodeprune.runs import Runs
 from tl_nodeprune.units import Unit, closed, opened
 
 MATTERS = 0.01  # of KL(full || ablated): a rise of the KL below this counts as none
-RECOVERED = 0.8  # of the rise that removing a unit causes: what a stand-in must bring back
+RECOVERED = 0.8  # of what removing a unit costs: what a stand-in must bring back, and by how much it must lower that cost
 TOGETHER, PER_UNIT = 4, 4  # units that are named as one stand-in, and stand-ins per unit, at most
 PAIRS_AMONG = 16  # kept units without an effect of their own between which pairs are tried, at most
 
@@ -38,11 +38,20 @@ class Redundancy:
 
 
 def stand_ins(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, float], units: Sequence[Unit]) -> list[Redundancy]:
-    """For each kept unit, whole units of the same kind that are cut (or partly so) and make up for it when it is taken out.
+    """For each kept unit, whole units of the same kind that are cut (or partly so) and make up for it when it is taken out; and with
+    them in, it no longer matters (else they would not replace it but do good of their own).
 
     base: the circuit's KL; rises: what removing each unit adds, above 0. Found by halving: all candidates are opened at once, and a
     half is looked at further only if it brings back enough, so one that works alone but not in company is missed.
     """
+    found = _bring_back(runs, circuit, base, rises, units)
+    pairs = (one for item in found for one in (opened(circuit, item.others), opened(closed(circuit, [item.unit]), item.others)))
+    kl = runs(pairs, total=2 * len(found), desc="both").kl.double().mean(1)
+    costs = (kl[1::2] - kl[0::2]).tolist()
+    return [item for item, cost in zip(found, costs, strict=True) if cost <= (1 - RECOVERED) * item.rise]
+
+
+def _bring_back(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, float], units: Sequence[Unit]) -> list[Redundancy]:
     spare = [unit for unit in units if not unit.whole(circuit)]
     groups = [(unit, tuple(v for v in spare if v.granularity == unit.granularity and v != unit)) for unit in rises]
     groups, found, parents = [group for group in groups if group[1]], [], dict[tuple[Unit, tuple[Unit, ...]], float]()

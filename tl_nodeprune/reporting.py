@@ -91,7 +91,7 @@ class Report:
             name: {"value": getattr(self.evaluation, name), "low": low, "high": high} for name, (low, high) in self.intervals.items()}
         rows |= {"task": {"p_value": self.task_p}, "completeness": {"value": self.completeness.left},
                  "incompleteness": {"value": self.completeness.gap_share},
-                 "random circuits": {"value": float(self.null.kl.median()) if len(self.null.kl) else math.nan, "p_value": self.null.p_value}}
+                 "random circuits": {"value": self.null.median, "p_value": self.null.p_value}}
         rows |= {test.name: {"value": test.statistic, "p_value": test.p_value}
                  for test in (self.equivalence, self.independence, self.minimality)}
         rows["redundancy"] = {"value": float(len(self.redundancies))}

@@ -39,6 +39,11 @@ class RandomDraws:
     possible: float
     over_layers: bool
 
+    @property
+    def median(self) -> float:
+        """The median KL, nats; NaN where none was drawn."""
+        return float(self.kl.median()) if len(self.kl) else math.nan
+
 
 @dataclass(frozen=True)
 class Completeness:
@@ -72,8 +77,8 @@ class Trial:
         self.itself, self.ablated, self.complement = runs([circuit, empty, ~circuit], total=3).split(1, 1, 1)
         self.span = float(self.full.score.mean() - self.ablated.score.mean())
         if self.ablated.kl.mean() <= NOTHING and float((self.full.score - self.ablated.score).abs().max()) <= runs.resolution:
-            raise ValueError(f"the metric is constant: with every node of this circuit ablated ({circuit.ablation.name}) the model answers "
-                             "as it does whole, so there is nothing to judge. Are the corrupted prompts, or the gated layers, the right ones?")
+            raise ValueError(f"the metric is constant: with every node of this circuit ablated ({circuit.ablation.name}) the model "
+                             "answers as it does whole, so there is nothing to judge. Are these the right corrupted prompts and layers?")
 
     @property
     def kl(self) -> float:

@@ -43,29 +43,29 @@ def verdicts_of(report: Report) -> tuple[Verdict, ...]:
 def _task(report: Report) -> Verdict:
     n, p = report.settings.n_prompts, report.task_p
     if math.isnan(p):
-        return Verdict("task", None, "Not tested: corrupted prompts are the same as the clean ones. The full model prefers the answer to the "
-                       f"wrong one on {report.evaluation.full.accuracy:.0%} of {n} prompts.")
+        return Verdict("task", None, "Not tested: corrupted prompts are the same as the clean ones. The full model prefers the answer to "
+                       f"the wrong one on {report.evaluation.full.accuracy:.0%} of {n} prompts.")
     if n < FEWEST:
         return Verdict("task", None, f"Not tested: whether the full model does the task needs {FEWEST} prompts or more; got {n}.")
-    tail = f"prefer the answer more on clean than on corrupted prompts (signed-rank test on {n} pairs, p = {p:.2g})"
+    tail = f"the answer more on clean than on corrupted prompts (signed-rank test on {n} pairs, p = {p:.2g})"
     if p <= SIGNIFICANT:
-        return Verdict("task", True, f"The full model does {tail}.")
-    return Verdict("task", False, f"The full model was not found to {tail}. Are answers and prompts in the same order? No circuit of a task "
-                   "can be claimed; what follows is about the model's output alone.")
+        return Verdict("task", True, f"The full model prefers {tail}.")
+    return Verdict("task", False, f"The full model was not found to prefer {tail}. Are answers and prompts in the same order? No circuit "
+                   "of a task can be claimed; what follows is about the model's output alone.")
 
 
 def _faithfulness(report: Report) -> Verdict:
     found = report.evaluation
 
-    def within(name: str) -> str:
+    def within(name: str, form: str = ".3g") -> str:
         low, high = report.intervals[name]
-        return "" if math.isnan(low) else f" ({low:.3g} to {high:.3g})"
+        return "" if math.isnan(low) else f" ({low:{form}} to {high:{form}})"
 
     scale = " (95 % intervals over prompts)" if within("kl") else " (no intervals: they need 10 prompts or more)"
     return Verdict("faithfulness", None, (
         f"KL to the full model {found.kl:.3g}{within('kl')} nats, with every node ablated {found.ablated.kl:.3g}; logit difference "
         f"{found.logit_diff:.3g}{within('logit_diff')} of {found.full.logit_diff:.3g}, a faithfulness of {found.faithfulness:.3g}"
-        f"{within('faithfulness')}; accuracy {found.accuracy:.0%}{within('accuracy')}, the full model's {found.full.accuracy:.0%}{scale}."))
+        f"{within('faithfulness')}; accuracy {found.accuracy:.0%}{within('accuracy', '.0%')}, the full model's {found.full.accuracy:.0%}{scale}."))
 
 
 def _completeness(report: Report) -> Verdict:
@@ -85,10 +85,10 @@ def _random_circuits(report: Report) -> Verdict:
     if null.possible < 2:
         return Verdict(name, None, f"Not tested: no other circuit has as many nodes of each kind {where}.")
     draws, low = len(null.kl), null.p_value <= alpha
-    tail = (f"of {draws} random circuits with as many nodes of each kind {where} (KL {float(null.kl.median()):.3g} nats in the median, "
+    tail = (f"of {draws} random circuits with as many nodes of each kind {where} (KL {null.median:.3g} nats in the median, "
             f"{float(null.kl.min()):.3g} at the lowest; p = {null.p_value:.2g}, the chance of being as low by lot)")
     floor = max(1 / null.possible, 1 / (draws + 1))
-    if not low and floor > alpha:
+    if floor > alpha:
         few = f"{null.possible:.0f} such circuits exist" if 1 / null.possible == floor else f"{draws} were drawn"
         return Verdict(name, None, f"Cannot be told: only {few}, so p cannot be below {floor:.2g}; {tail}.")
     return Verdict(name, low, f"Its KL is {'lower than that of nearly all' if low else 'not clearly lower than those'} {tail}.")
@@ -102,10 +102,11 @@ def _redundancy(report: Report) -> Verdict:
         return Verdict("redundancy", False, f"{listed[0].upper()}{listed[1:]}. So the circuit is one of several that do the same.")
     if not report.stand_ins_sought and report.pairs_among < 2:
         return Verdict("redundancy", None, "Not looked for: no unit tried has an effect of its own, and there is no pair of them.")
+    pairs = "" if report.pairs_among < 2 else f" No pair among {report.pairs_among} kept units without such an effect matters together."
     return Verdict("redundancy", True, (
         f"For none of the {report.stand_ins_sought} units that cost {MATTERS:.0%} or more of the ablated model's KL when removed was a "
-        f"stand-in of the same kind found outside of the circuit, and no pair among {report.pairs_among} kept units without such an effect "
-        "matters together. Stand-ins of another kind, or of more than a few units, were not looked for."))
+        f"stand-in of the same kind found outside of the circuit.{pairs} Stand-ins of another kind, or of more than a few units, were not "
+        "looked for."))
 
 
 def _ablations(report: Report) -> Verdict:
