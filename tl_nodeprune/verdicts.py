@@ -65,7 +65,8 @@ def _faithfulness(report: Report) -> Verdict:
     return Verdict("faithfulness", None, (
         f"KL to the full model {found.kl:.3g}{within('kl')} nats, with every node ablated {found.ablated.kl:.3g}; logit difference "
         f"{found.logit_diff:.3g}{within('logit_diff')} of {found.full.logit_diff:.3g}, a faithfulness of {found.faithfulness:.3g}"
-        f"{within('faithfulness')}; accuracy {found.accuracy:.0%}{within('accuracy', '.0%')}, the full model's {found.full.accuracy:.0%}{scale}."))
+        f"{within('faithfulness')}; accuracy {found.accuracy:.0%}{within('accuracy', '.0%')}, the full model's "
+        f"{found.full.accuracy:.0%}{scale}."))
 
 
 def _completeness(report: Report) -> Verdict:
