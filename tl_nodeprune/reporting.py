@@ -45,7 +45,7 @@ class Settings:
                 f"alpha {self.alpha:g}, seed {self.seed}.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
     """What a circuit is worth; made by `tl_nodeprune.report`. Printed, it says so in words, a line per verdict.
 

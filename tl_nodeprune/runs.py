@@ -20,7 +20,7 @@ from tl_nodeprune.objective import Reference, check_finite, kl_divergence
 from tl_nodeprune.prompts import PromptPairs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """What circuits do on each prompt, at the answer position. score: answer logit - wrong logit; kl: KL(full || circuit), nats;
     agrees: the full model's most likely token is theirs too."""

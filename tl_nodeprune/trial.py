@@ -19,7 +19,7 @@ from tl_nodeprune.units import SizeMatched, Unit, closed, opened
 NOTHING = 1e-6  # nats: a KL that is rounding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UnitEffects:
     """What removing each unit from the circuit does. kl_rise: nats, means over prompts; score_change: logits, mean over prompts of the
     absolute change of the logit difference."""
@@ -29,7 +29,7 @@ class UnitEffects:
     score_change: Float[Tensor, "unit"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RandomDraws:
     """Circuits by lot, see `units.SizeMatched`. kl: theirs, nats; p_value: `(1 + those with a KL as low as the circuit's) / (draws + 1)`;
     possible: how many different ones exist; over_layers: whether nodes changed places between layers."""
@@ -45,7 +45,7 @@ class RandomDraws:
         return float(self.kl.median()) if len(self.kl) else math.nan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Completeness:
     """The circuit knocked out, whole and in part (Wang et al. 2022, arXiv:2211.00593).
 
