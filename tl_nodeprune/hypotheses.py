@@ -46,8 +46,11 @@ def equivalence(circuit: Float[Tensor, "prompt"], full: Float[Tensor, "prompt"],
     probability is 1/2 + tolerance, the worst case under the null (two-sided sign test, binomial). Passed where the null is not rejected.
     circuit, full: scores (logit differences) on prompts that the circuit was not searched on.
 
-    Source: arXiv:2410.13032, equivalence, in our reading. Raises: ValueError for fewer than 20 prompts, or scores of unequal number.
+    Source: arXiv:2410.13032, equivalence, in our reading. Raises: ValueError for fewer than 20 prompts, scores of unequal number, or a
+    tolerance outside of [0, 0.4].
     """
+    if not 0 <= tolerance <= 0.4:
+        raise ValueError(f"tolerance={tolerance}; it must lie between 0 and 0.4 (a chance of 1/2 give or take that much).")
     n, gaps = _pairs(circuit, full, "equivalence"), _array(circuit) - _array(full)
     wins = float((gaps > ties).sum() + (abs(gaps) <= ties).sum() / 2)
     p_value = _sign_p(abs(wins - n / 2), n, tolerance)

@@ -18,9 +18,9 @@ PAIRS_AMONG = 16  # kept units without an effect of their own between which pair
 
 @dataclass(frozen=True)
 class Redundancy:
-    """unit: a kept one. others: what can stand in for it, together. recovered: the share of the KL that its removal costs which they bring
-    back (kept: 1). kept: whether `others` are in the circuit too, so that either may go, not both. rise: nats, KL without any of them
-    less KL of the circuit."""
+    """unit: a kept one. others: what can stand in for it, together. rise: nats, KL of the circuit without any of them less KL of the
+    circuit. recovered: the share of that which having one of the two sides alone brings back. kept: whether `others` are in the circuit
+    too, so that either may go, not both."""
 
     unit: Unit
     others: tuple[Unit, ...]
@@ -31,8 +31,8 @@ class Redundancy:
     def __str__(self) -> str:
         others = " with ".join(map(str, self.others))
         if self.kept:
-            return (f"either {self.unit} or {others} suffices, both are kept: without one the circuit is as before, without both its KL "
-                    f"rises by {self.rise:.3g} nats")
+            return (f"either {self.unit} or {others} suffices, both are kept: without both the circuit's KL rises by {self.rise:.3g} nats, "
+                    f"without one of them by {(1 - self.recovered) * self.rise:.2g} at most")
         return (f"either {self.unit} or {others} suffices: with {self.unit} out, which costs {self.rise:.3g} nats, {others} "
                 f"{'brings' if len(self.others) == 1 else 'bring'} back {self.recovered:.0%} of that")
 
@@ -69,12 +69,13 @@ def _bring_back(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, 
 
 
 def kept_pairs(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, float], least: float) -> list[Redundancy]:
-    """Pairs of kept units, each without an effect of its own, whose removal together adds `least` nats or more to the KL."""
+    """Pairs of kept units whose removal together adds `least` nats or more to the KL, while each alone adds next to nothing of that."""
     pairs = list(combinations(rises, 2))
     kl = runs((closed(circuit, pair) for pair in pairs), total=len(pairs), desc="pairs").kl.double().mean(1).tolist()
     joint = {pair: value - base for pair, value in zip(pairs, kl, strict=True)}
-    return [Redundancy(one, (other,), 1.0, True, rise) for (one, other), rise in joint.items()
-            if rise - max(rises[one], 0) - max(rises[other], 0) >= least]
+    found = [Redundancy(one, (other,), 1 - max(rises[one], rises[other], 0) / max(rise, 1e-12), True, rise)
+             for (one, other), rise in joint.items() if rise >= least]
+    return [item for item in found if item.recovered >= RECOVERED]
 
 
 def _first_few(shares: dict[tuple[Unit, tuple[Unit, ...]], float]) -> dict[tuple[Unit, tuple[Unit, ...]], float]:

@@ -74,10 +74,14 @@ def _completeness(report: Report) -> Verdict:
     known = not (math.isnan(found.left) or math.isnan(found.gap_share))
     parts = "no part of it could be" if not len(found.gaps) else (
         f"with random parts of it knocked out of both, model and circuit differ by {float(found.gaps.mean()):.3g} logits on average, "
-        f"{found.gap_share:.0%} of the task's effect, and by {float(found.gaps.max()):.3g} at most")
+        f"{_percent(found.gap_share)} of the task's effect, and by {float(found.gaps.max()):.3g} at most")
     return Verdict("completeness", found.left <= LEFT and found.gap_share <= LEFT if known else None, (
-        f"With the circuit knocked out, {found.left:.0%} of the task's effect is left (accuracy {found.complement.accuracy:.0%}); {parts}. "
-        f"At most {LEFT:.0%} passes, for both."))
+        f"With the circuit knocked out, {_percent(found.left)} of the task's effect is left (accuracy {found.complement.accuracy:.0%}); "
+        f"{parts}. At most {LEFT:.0%} passes, for both."))
+
+
+def _percent(share: float) -> str:
+    return "an unknown share" if math.isnan(share) else f"{round(100 * share)}%"  # an int: no -0%
 
 
 def _random_circuits(report: Report) -> Verdict:

@@ -108,6 +108,12 @@ def test_too_few_says_how_many() -> None:
         minimality(normal(0), normal(100))
 
 
+def test_a_tolerance_that_allows_anything_is_refused() -> None:
+    with pytest.raises(ValueError, match="tolerance=0.5; it must lie between 0 and 0.4"):
+        equivalence(normal(20), normal(20), tolerance=0.5)
+    assert "nan" not in equivalence(normal(20), normal(20, 1), tolerance=0.4).sentence
+
+
 def test_constant_scores_are_named() -> None:
     with pytest.raises(ValueError, match="scores that differ between prompts; the full model's are 2 on all"):
         independence(normal(20), torch.full((20,), 2.0))
