@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from jaxtyping import Float
@@ -46,15 +47,18 @@ def equivalence(circuit: Float[Tensor, "prompt"], full: Float[Tensor, "prompt"],
     probability is 1/2 + tolerance, the worst case under the null (two-sided sign test, binomial). Passed where the null is not rejected.
     circuit, full: scores (logit differences) on prompts that the circuit was not searched on.
 
-    Source: arXiv:2410.13032, equivalence, in our reading. Raises: ValueError for fewer than 20 prompts, scores of unequal number, or a
-    tolerance outside of [0, 0.4].
+    Source: arXiv:2410.13032, equivalence, in our reading. Raises: ValueError for fewer than 20 prompts, or so few that no outcome could be
+    rejected; scores of unequal number; a tolerance outside of [0, 0.4].
     """
     if not 0 <= tolerance <= 0.4:
         raise ValueError(f"tolerance={tolerance}; it must lie between 0 and 0.4 (a chance of 1/2 give or take that much).")
     n, gaps = _pairs(circuit, full, "equivalence"), _array(circuit) - _array(full)
     wins = float((gaps > ties).sum() + (abs(gaps) <= ties).sum() / 2)
+    if _sign_p(n / 2, n, tolerance) > alpha:
+        needed = next(m for m in count(n) if _sign_p(m / 2, m, tolerance) <= alpha)
+        raise ValueError(f"equivalence at alpha={alpha:g} with tolerance={tolerance:g} needs {needed} prompts or more; got {n}.")
     p_value = _sign_p(abs(wins - n / 2), n, tolerance)
-    told = next((k / n for k in range(math.ceil(n / 2), n + 1) if _sign_p(k - n / 2, n, tolerance) <= alpha), math.nan)
+    told = next(k / n for k in range(math.ceil(n / 2), n + 1) if _sign_p(k - n / 2, n, tolerance) <= alpha)
     share = f"The circuit scores higher than the full model on {wins / n:.0%} of {n} prompts"
     if passed := p_value > alpha:
         sentence = (f"{share}: compatible with equal chances, give or take {tolerance:g} (p = {p_value:.2g}). No proof of equality: "

@@ -111,7 +111,9 @@ def test_too_few_says_how_many() -> None:
 def test_a_tolerance_that_allows_anything_is_refused() -> None:
     with pytest.raises(ValueError, match="tolerance=0.5; it must lie between 0 and 0.4"):
         equivalence(normal(20), normal(20), tolerance=0.5)
-    assert "nan" not in equivalence(normal(20), normal(20, 1), tolerance=0.4).sentence
+    with pytest.raises(ValueError, match="alpha=0.05 with tolerance=0.4 needs 29 prompts or more; got 20"):
+        equivalence(normal(20), normal(20, 1), tolerance=0.4)
+    assert 0.9**29 <= 0.05 < 0.9**28 and "shares of 100% and above" in equivalence(normal(29), normal(29, 1), tolerance=0.4).sentence
 
 
 def test_constant_scores_are_named() -> None:
