@@ -14,7 +14,7 @@ from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.effects import Effects
 from tl_nodeprune.nodes import GateKey, spread
 
-_SHOWN = 8
+_SHOWN, _FLOOR = 8, 1e-3
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class GranularityAgreement:
 
 @dataclass(frozen=True, repr=False)
 class Agreement:
-    """A circuit against scores, granularity by granularity, coarse to fine. scores: what they are.
-    share: of a granularity's largest |score|; from there on a score counts as an effect."""
+    """A circuit against scores, granularity by granularity, coarse to fine. scores: what they are. share: what counts as an effect, see
+    `agreement`."""
 
     rows: tuple[GranularityAgreement, ...]
     scores: str
@@ -96,7 +96,8 @@ def agreement(circuit: Circuit, scores: Effects | Mapping[str, Tensor], *, share
 
     scores: Effects, or any mapping of the circuit's hook names to scores at the hook's shape (or the gate tensor's); such a mapping
         is about the finest granularity gated at each hook point.
-    share: 0 to 1; a node has an effect from this share of its granularity's largest |score| on.
+    share: 0 to 1; a node has an effect from this share of its granularity's largest |score| on, but never with less than a thousandth
+        of the metric's difference between clean and corrupted (where the scores are Effects).
 
     Raises: ValueError where nothing is in common, the shapes or layers are another model's, a score is NaN or inf, or share is not 0 to 1.
     """
@@ -106,8 +107,9 @@ def agreement(circuit: Circuit, scores: Effects | Mapping[str, Tensor], *, share
     if not tables:
         have = ", ".join(scores.granularities if isinstance(scores, Effects) else scores) or "nothing"
         raise ValueError(f"the scores are for {have}, the circuit is over {', '.join(circuit.space.granularities)}: nothing to compare.")
+    floor = _FLOOR * abs(scores.clean - scores.corrupted) if isinstance(scores, Effects) else 0.0
     what = f"{scores.method} ({scores.direction})" if isinstance(scores, Effects) else "given scores"
-    rows = [_compare(name, circuit, tables[name], share) for name in circuit.space.granularities if name in tables]
+    rows = [_compare(name, circuit, tables[name], share, floor) for name in circuit.space.granularities if name in tables]
     return Agreement(tuple(rows), what, share)
 
 
@@ -158,13 +160,13 @@ def _finite(scores: Tensor, key: GateKey) -> Tensor:
     return scores.cpu().double()
 
 
-def _compare(granularity: str, circuit: Circuit, tables: dict[GateKey, Tensor], share: float) -> GranularityAgreement:
+def _compare(granularity: str, circuit: Circuit, tables: dict[GateKey, Tensor], share: float, floor: float) -> GranularityAgreement:
     keys = sorted(tables, key=lambda key: key.layer)
     scores = torch.cat([tables[key].flatten() for key in keys])
     kept = torch.cat([circuit.live(*key).flatten() for key in keys])
     nodes = [(key.layer, tuple(index)) for key in keys for index in torch.ones(tables[key].shape).nonzero().tolist()]
     size = scores.abs()
-    order, effect = size.argsort(stable=True).tolist(), (size >= share * size.max()) & (size > 0)
+    order, effect = size.argsort(stable=True).tolist(), (size >= share * size.max()) & (size > floor)
 
     def named(chosen: Tensor, ids: list[int]) -> tuple[NodeScore, ...]:
         return tuple(NodeScore(granularity, nodes[i][0], nodes[i][1], float(scores[i])) for i in ids if chosen[i])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -71,12 +71,12 @@ class Effects(Mapping[str, Tensor]):
         return {key.layer: self.gates[key].clone() for key in keys}
 
     def normalised(self) -> Effects:
-        """Effects as shares of the metric's difference between the two runs, `effect / (m(clean) - m(corrupted))`.
+        """Effects on the metric normalised to 0 in the corrupted run and 1 in the clean run: `effect / (m(clean) - m(corrupted))`.
 
         1: that node alone brings all of it back ("denoise"); -1: without that node all of it is lost ("noise").
         """
         gates = {key: gate / (self.clean - self.corrupted) for key, gate in self.gates.items()}
-        return Effects(gates, self.space, self.direction, self.method, self.clean, self.corrupted, self.n_prompts)
+        return replace(self, gates=gates, clean=1.0, corrupted=0.0)
 
     def to_frame(self) -> pd.DataFrame:
         """A row per node, the largest absolute effect first: granularity, layer, index (within the layer), effect."""

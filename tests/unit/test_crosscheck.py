@@ -214,6 +214,7 @@ def test_a_metric_of_ones_own(toy: Toy) -> None:
     share, by_kl = logit.normalised().of("head")[1][1], effects.normalised().of("head")[1][1]
     assert effects.of("head")[1][1] < -0.5 and share > 0.3 and by_kl > 0.3
     assert float(share) == pytest.approx(float(logit.of("head")[1][1]) / (logit.clean - logit.corrupted))
+    assert (logit.normalised().clean, logit.normalised().corrupted) == (1, 0) and logit.normalised().normalised() == logit.normalised()
 
 
 def test_noise_is_denoise_with_the_prompts_swapped(toy: Toy) -> None:
