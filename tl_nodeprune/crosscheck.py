@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -60,15 +61,16 @@ def activation_patching(
         task = _task(model, prompts, granularities, direction, metric, batch_size)
         heads = _heads_for_transformer_lens(model, task.space) if progress else []
         sums = {key: torch.zeros(shape) for key, shape in task.space.shapes.items()}
+        for batch in task.batches() if heads else ():
+            for key, gains in zip(heads, _patch_heads(task, batch), strict=True):
+                sums[key] += gains.cpu()
         others = [key for key in sums if key not in heads]
         with tqdm(total=len(prompts) * sum(sums[key].numel() for key in others), desc="patch", disable=not (progress and others)) as bar:
-            for batch in task.batches():
-                for key, gains in zip(heads, _patch_heads(task, batch) if heads else [], strict=True):
-                    sums[key] += gains.cpu()
-                for key in others:
-                    for nodes in torch.arange(sums[key].numel()).split(max(1, batch_size // len(batch.prompts))):
-                        sums[key].view(-1)[nodes] += _patch(task, batch, key, nodes).cpu()
-                        bar.update(len(nodes) * len(batch.prompts))
+            for batch in task.batches() if others else ():
+                n = len(batch.prompts)
+                for key, nodes in _groups(task.space, others, max(1, batch_size // n)):
+                    sums[key].view(-1)[nodes] += _patch(task, batch, key, nodes).cpu()
+                    bar.update(len(nodes) * n)
     return task.effects({key: total / len(prompts) for key, total in sums.items()}, "activation patching")
 
 
@@ -186,6 +188,13 @@ def _measured(metric: LossFn, logits: Tensor, full: Tensor, prompts: PromptPairs
     return values.float()
 
 
+def _groups(space: NodeSpace, keys: Iterable[GateKey], size: int) -> Iterator[tuple[GateKey, Tensor]]:
+    """Flat indices of the nodes of each gate tensor, at most `size` at a time."""
+    for key in keys:
+        for nodes in torch.arange(math.prod(space.shapes[key])).split(size):
+            yield key, nodes
+
+
 def _patch(task: _Task, batch: _Batch, key: GateKey, nodes: Tensor) -> Float[Tensor, "node"]:
     """Gains when each of some nodes of a gate tensor is patched, all in one forward: a row per node and prompt."""
     n, source = len(nodes), batch.source[key.hook]
@@ -200,7 +209,7 @@ def _patch(task: _Task, batch: _Batch, key: GateKey, nodes: Tensor) -> Float[Ten
 def _one_closed(space: NodeSpace, key: GateKey, nodes: Tensor) -> Float[Tensor, "node ..."]:
     """Masks at the hook's shape, each 0 at one node of a gate tensor (flat indices) and 1 elsewhere."""
     shape, width = space.shapes[key], space.width(key.hook)
-    gates = torch.ones(len(nodes), max(1, torch.Size(shape).numel())).scatter_(1, nodes[:, None], 0)
+    gates = torch.ones(len(nodes), math.prod(shape)).scatter_(1, nodes[:, None], 0)
     return gates.view(-1, *shape, *[1] * (len(width) - len(shape))).expand(-1, *width)
 
 
