@@ -11,17 +11,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 LONG = ("README.md",)
-"""Pages whose blocks run searches to the end."""
+"""Pages whose searches run to their end."""
 
 
 def blocks() -> list[Any]:
-    """Each block with its page and first line; those of LONG pages are slow."""
+    """Each block with its page and the line of its fence; searches on LONG pages are slow."""
     found = []
     for page in PAGES:
         text, name = page.read_text(encoding="utf-8"), str(page.relative_to(ROOT))
         for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             line = text.count("\n", 0, match.start()) + 1
-            marks = [pytest.mark.slow] if name in LONG else []
+            marks = [pytest.mark.slow] if name in LONG and re.search(r"\b(prune|sweep)\(", match[1]) else []
             found.append(pytest.param(page, line, match[1], id=f"{name}:{line}", marks=marks))
     return found
 

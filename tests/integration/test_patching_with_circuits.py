@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from integration_support import HookedTransformer, cache_of, random_circuit, run
+from integration_support import ARCHITECTURES, NO_HOOKED, HookedTransformer, build, cache_of, random_circuit, random_pairs, run
 from torch import Tensor
 from transformer_lens import patching
 from transformer_lens.tools.analysis import get_act_patch_direct_path
@@ -159,3 +160,20 @@ def test_path_patching_between_kept_heads(each_toy: Toy) -> None:
     assert 0 < live.sum() < 4
     torch.testing.assert_close(through[live], whole[live], atol=1e-5, rtol=1e-5)
     assert through[~live].abs().max() < 1e-5 < whole[~live].abs().max()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_crosscheck_on_every_architecture(name: str, tmp_path: Path) -> None:
+    """By default what the model has of blocks and heads; heads by TransformerLens as by our own rows; attribution for all nodes."""
+    model, prompts = build(name, tmp_path), random_pairs(4)
+    if model is None:
+        pytest.skip(NO_HOOKED)
+    space = find_nodes(model)
+    exact, rows = (tlnp.crosscheck.activation_patching(model, prompts, progress=progress) for progress in (True, False))
+    assert exact.granularities == tuple(name for name in ("attn", "mlp", "head") if name in space.granularities)
+    torch.testing.assert_close(dict(exact), dict(rows), atol=1e-5, rtol=1e-5)
+    assert max(float(effect.abs().max()) for effect in exact.values()) > 0.05
+    fast = tlnp.crosscheck.attribution_patching(model, prompts)
+    assert fast.granularities == space.granularities and all(effect.isfinite().all() for effect in fast.values())
+    found = tlnp.crosscheck.agreement(random_circuit(space, "interchange", seed=0, keep=0.5), fast)
+    assert [row.granularity for row in found.rows] == list(space.granularities)

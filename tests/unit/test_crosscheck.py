@@ -236,20 +236,6 @@ def test_attribution_goes_with_the_exact_effects(every: tuple[str, Toy, Any]) ->
         assert stats.spearmanr(*pair).statistic > 0.75
 
 
-def test_effects_are_frozen_and_say_what_they_are(toy: Toy) -> None:
-    effects = attribution_patching(toy[0], toy[1][:4], ["head", "mlp"])
-    effects["blocks.1.attn.hook_z"].zero_()
-    effects.of("head")[1].zero_()
-    assert effects["blocks.1.attn.hook_z"].abs().max() > 0.1 and effects == effects and len(effects) == 6
-    with pytest.raises(AttributeError):
-        effects.direction = "noise"  # type: ignore[misc]
-    assert repr(effects).startswith("Effects(3 mlp, 12 head; attribution patching, denoise; metric ") and "4 prompts" in repr(effects)
-    with pytest.raises(KeyError, match="'blocks.0.hook_attn_out' was not patched; patched were blocks.0.attn.hook_z, "):
-        effects["blocks.0.hook_attn_out"]
-    with pytest.raises(KeyError, match="'attn' was not patched; patched were mlp, head"):
-        effects.of("attn")
-
-
 @pytest.mark.parametrize("method", [partial(activation_patching, progress=False), attribution_patching])
 def test_bad_input_is_named(toy: Toy, method: Any) -> None:
     model, prompts = toy[0], toy[1][:4]
