@@ -7,9 +7,10 @@ size where the figure says so. `task` is put in the title.
 
 from __future__ import annotations
 
+from tl_nodeprune.viz.comparison import compare
 from tl_nodeprune.viz.curves import agreement, frontier, history
 from tl_nodeprune.viz.graph import circuit_graph
-from tl_nodeprune.viz.maps import compare, mask_map, neuron_map
+from tl_nodeprune.viz.maps import mask_map, neuron_map
 from tl_nodeprune.viz.overview import overview
 from tl_nodeprune.viz.page import save_html
 from tl_nodeprune.viz.tokens import kept_heads, kept_neurons, pruned_neurons, token_effects

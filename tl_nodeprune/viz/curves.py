@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,12 +40,12 @@ def history(result: PruneResult, *, task: str = "") -> go.Figure:
                                  hovertemplate="%{text}<extra></extra>"), row=row, col=1)
         fig.update_yaxes(title_text=label, row=row, col=1)
     if (table["kl"] > 0).all():
-        fig.update_yaxes(type="log", dtick="D2" if table["kl"].max() < 10 * table["kl"].min() else 1, row=1, col=1)
+        fig.update_yaxes(**_log(True), row=1, col=1)
     fig.add_hline(y=result.kl, line_dash="dash", line_width=1, row=1, col=1)
     fig.add_hline(y=result.circuit.size, line_dash="dash", line_width=1, row=2, col=1)
     fig.update_xaxes(title_text="step", row=3, col=1)
     what = f"The search: KL {result.kl:.4g} nats in {result.seconds:.0f} s{'' if result.converged else ', not converged'}"
-    return fig.update_layout(height=620, showlegend=False, margin={"t": 90}, title=heading(what, result.circuit, task))
+    return fig.update_layout(height=620, showlegend=False, margin={"t": 70}, title=heading(what, result.circuit, task))
 
 
 def frontier(*sources: Sweep | pd.DataFrame, task: str = "") -> go.Figure:
@@ -60,19 +61,14 @@ def frontier(*sources: Sweep | pd.DataFrame, task: str = "") -> go.Figure:
         raise ValueError("there is no run and no point to show.")
     fig = go.Figure()
     for i, (method, rows) in enumerate(points.groupby("method", sort=False)):
-        name, colour = html.escape(str(method)), qualitative.Plotly[i % len(qualitative.Plotly)]
         for is_run, some in rows.groupby("run"):
-            some = some.sort_values("size")
-            fig.add_trace(go.Scatter(
-                x=some["size"].to_numpy(), y=some["kl"].to_numpy(), mode="markers" if is_run else "lines+markers", name=name, legendgroup=name,
-                showlegend=not is_run, opacity=0.45 if is_run else 1, marker={"color": colour, "size": 6 if is_run else 8}, text=some["note"],
-                line={"color": colour}, hovertemplate=f"{name}%{{text}}<br>%{{x:,}} leaf nodes<br>KL %{{y:.4g}} nats<extra></extra>"))
+            fig.add_trace(_curve(some.sort_values("size"), html.escape(str(method)), qualitative.Plotly[i % 10], faint=bool(is_run)))
     positive = (points[["size", "kl"]] > 0).all()
-    fig.update_xaxes(title_text="leaf nodes kept", type="log" if positive["size"] else "linear")
-    fig.update_yaxes(title_text="KL(full || circuit), nats", type="log" if positive["kl"] else "linear")
+    fig.update_xaxes(title_text="leaf nodes kept", **_log(positive["size"]))
+    fig.update_yaxes(title_text="KL(full || circuit), nats", **_log(positive["kl"]))
     held_out = "KL on held-out prompts" if all(isinstance(source, Sweep) for source in sources) else ""
     facts = " · ".join(part for part in (html.escape(task), held_out, "lower and further left is better") if part)
-    return fig.update_layout(height=480, margin={"t": 90}, title=title("Size against faithfulness", facts))
+    return fig.update_layout(height=480, margin={"t": 70}, title=title("Size against faithfulness", facts))
 
 
 def agreement(circuit: Circuit | PruneResult, effects: Values, *, task: str = "") -> go.Figure:
@@ -90,20 +86,33 @@ def agreement(circuit: Circuit | PruneResult, effects: Values, *, task: str = ""
               for nodes in [nodes_frame(circuit, name, scores=None, effects=effects)] if nodes["effect"].notna().any()}
     if not tables:
         raise ValueError(f"effects has no {', '.join(circuit.space.granularities)} nodes to compare with the circuit's.")
-    fig = make_subplots(rows=len(tables), cols=1, vertical_spacing=min(0.12, 0.3 / len(tables)),
+    fig = make_subplots(rows=len(tables), cols=1, vertical_spacing=min(0.16, 0.3 / len(tables)),
                         subplot_titles=[f"{TITLES[name]}: AUROC {_auroc(nodes)}" for name, nodes in tables.items()])
     for row, (name, nodes) in enumerate(tables.items(), start=1):
-        nodes = nodes.assign(rank=nodes["effect"].abs().rank(ascending=False, method="first"))
-        for live, colour in ((False, _CUT), (True, _KEPT)):
-            some = nodes[nodes["live"] == live]
-            fig.add_trace(go.Scattergl(
-                x=some["rank"].to_numpy(), y=some["effect"].to_numpy(), mode="markers", name="kept" if live else "pruned",
-                legendgroup=str(live), showlegend=row == 1, marker={"color": colour, "size": 6}, **hover(name, some)), row=row, col=1)
-        fig.update_xaxes(type="log" if len(nodes) > 200 else "linear", row=row, col=1)
+        nodes, many = nodes.sort_values("effect", key=lambda column: -column.abs(), kind="stable"), len(nodes) > 200
+        fig.add_trace(go.Scattergl(  # kept and pruned in one trace, by rank: of two, the second would hide the first
+            x=np.arange(1, len(nodes) + 1, dtype=np.int32), y=nodes["effect"].to_numpy(dtype=np.float32), mode="markers", name=TITLES[name],
+            marker={"color": nodes["live"].to_numpy(dtype=np.uint8), "cmin": 0, "cmax": 1, "colorscale": [[0, _CUT], [1, _KEPT]],
+                    "size": 4 if many else 7}, showlegend=False, **hover(name, nodes)), row=row, col=1)
+        fig.update_xaxes(type="log" if many else "linear", dtick=1 if len(nodes) <= 12 else None, row=row, col=1)
         fig.update_yaxes(title_text="effect", row=row, col=1)
+    for label, colour in (("kept", _KEPT), ("pruned", _CUT)):
+        fig.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=label, marker={"color": colour, "size": 8}), row=1, col=1)
     fig.update_xaxes(title_text="rank by absolute effect", row=len(tables), col=1)
-    return fig.update_layout(height=180 + 210 * len(tables), margin={"t": 110},
+    return fig.update_layout(height=180 + 210 * len(tables), margin={"t": 90},
                              title=heading("Mask against effects of single nodes", circuit, task))
+
+
+def _log(wanted: bool) -> dict[str, Any]:
+    return {"type": "log", "dtick": "D2"} if wanted else {"type": "linear"}
+
+
+def _curve(points: pd.DataFrame, method: str, colour: str, *, faint: bool) -> go.Scatter:
+    return go.Scatter(
+        x=points["size"].to_numpy(), y=points["kl"].to_numpy(), text=points["note"], mode="markers" if faint else "lines+markers",
+        name=method, legendgroup=method, showlegend=not faint, opacity=0.45 if faint else 1, line={"color": colour},
+        marker={"color": colour, "size": 6 if faint else 8},
+        hovertemplate=f"{method}%{{text}}<br>%{{x:,}} leaf nodes<br>KL %{{y:.4g}} nats<extra></extra>")
 
 
 def _points(source: Sweep | pd.DataFrame, index: int) -> pd.DataFrame:
@@ -131,6 +140,6 @@ def _sweep_points(sweep: Sweep) -> pd.DataFrame:
 def _auroc(nodes: pd.DataFrame) -> str:
     kept, cut = nodes.loc[nodes["live"], "effect"].abs(), nodes.loc[~nodes["live"], "effect"].abs()
     if kept.empty or cut.empty:
-        return f"none, since {'none' if kept.empty else 'all'} of the {len(nodes):,} is kept"
+        return f"undefined, since {'none' if kept.empty else 'all'} of them are kept"
     area = stats.mannwhitneyu(kept, cut).statistic / (len(kept) * len(cut))
     return f"{np.round(area, 3):g} ({len(kept):,} kept, {len(cut):,} pruned)"

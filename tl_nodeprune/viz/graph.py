@@ -11,10 +11,11 @@ import plotly.graph_objects as go
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.pruning import PruneResult
-from tl_nodeprune.viz.values import DIVERGING, Values, check_values, circuit_of, effect_of, heading, height, name_of, score_of
+from tl_nodeprune.viz.values import DIVERGING, Values, check_values, circuit_of, colorbar, effect_of, heading, height, name_of, score_of
 
 _WIDTHS = 5
 _SPINE = "rgba(128,128,128,0.7)"
+_KINDS = (("head", "heads", "#4C78A8"), ("attn", "attention blocks", "#4C78A8"), ("mlp", "MLPs", "#F58518"), ("layer", "layers", "#54A24B"))
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,11 @@ def circuit_graph(circuit: Circuit | PruneResult, *, scores: Values | None = Non
     for trace in (*_lines(units, weight), *_markers(units, weight, by_effect, labels=len(units) <= 6 * len(layers))):
         fig.add_trace(trace)
     fig.update_xaxes(tickvals=[-0.55, 0, 0.3], ticktext=["attention", "stream", "MLP"], showgrid=False, zeroline=False, range=[-1.12, 0.5])
-    fig.update_yaxes(title_text="layer", range=[min(layers) - 0.8, max(layers) + 1.1], zeroline=False, dtick=1 if len(layers) <= 12 else None)
-    fig.update_layout(height=height(len(layers), 30 if len(layers) <= 24 else 24), margin={"t": 100}, showlegend=not by_effect,
+    fig.update_yaxes(title_text="layer", range=[min(layers) - 0.8, max(layers) + 1.1], tickvals=layers, zeroline=False, showgrid=False)
+    fig.update_layout(height=height(len(layers), 30 if len(layers) <= 24 else 24), margin={"t": 70}, showlegend=not by_effect,
                       title=heading(f"Kept heads and blocks: {len(units):,}", circuit, task))
     if by_effect:
-        fig.update_layout(coloraxis={"colorscale": DIVERGING, "cmid": 0, "colorbar": {"title": "effect", "thickness": 12}})
+        fig.update_layout(coloraxis={"colorscale": DIVERGING, "cmid": 0, "colorbar": colorbar("effect")})
     return fig
 
 
@@ -85,7 +86,8 @@ def _units(circuit: Circuit, layer: int, scores: Values | None, effects: Values 
     mlp = [circuit.live(*key).numpy() for name in ("mlp_neuron", "mlp_out", "mlp")
            if (key := GateKey(name, layer)) in circuit.space.shapes]
     if any(live.any() for live in mlp):
-        yield unit(GateKey("mlp", layer), (), 0.3, mlp[0], "neurons" if GateKey("mlp_neuron", layer) in circuit.space.shapes else "output dims")
+        what = "neurons" if GateKey("mlp_neuron", layer) in circuit.space.shapes else "output dims"
+        yield unit(GateKey("mlp", layer), (), 0.3, mlp[0], what)
     whole = GateKey("layer", layer)
     if z not in circuit and not mlp and attn not in circuit.space.shapes and circuit.live(*whole):
         yield unit(whole, (), 0.3, np.ones(1), "")
@@ -102,23 +104,23 @@ def _lines(units: list[_Unit], weight: np.ndarray) -> Iterator[go.Scatter]:
         chosen = [unit for unit, b in zip(units, bins, strict=True) if b == width]
         x = [value for unit in chosen for value in (unit.x, 0, None)]
         y = [value for unit in chosen for value in (_height(unit), _height(unit) + 0.42, None)]
-        yield go.Scatter(x=x, y=y, mode="lines", line={"width": 0.5 * float(width), "color": _SPINE}, opacity=0.6, hoverinfo="skip", showlegend=False,
-                         name=f"width {int(width)} of {_WIDTHS}")
+        yield go.Scatter(x=x, y=y, mode="lines", line={"width": float(width), "color": _SPINE}, opacity=0.6, hoverinfo="skip",
+                         showlegend=False, name=f"width {int(width)} of {_WIDTHS}")
 
 
 def _markers(units: list[_Unit], weight: np.ndarray, by_effect: bool, labels: bool) -> Iterator[go.Scatter]:
     effects = np.array([unit.effect for unit in units])
-    for name, label in (("head", "heads"), ("attn", "attention blocks"), ("mlp", "MLPs"), ("layer", "layers")):
+    for name, label, colour in _KINDS:
         some = [i for i, unit in enumerate(units) if unit.key.granularity == name]
         if not some:
             continue
-        marker = {"size": 7 + 11 * np.sqrt(weight[some]), "symbol": "square" if name == "mlp" else "circle", "opacity": 1}
-        if by_effect:
-            marker |= {"color": effects[some], "coloraxis": "coloraxis"}
+        marker = {"size": 7 + 11 * np.sqrt(weight[some]), "symbol": "square" if name == "mlp" else "circle", "opacity": 1.0}
+        marker |= {"color": effects[some], "coloraxis": "coloraxis"} if by_effect else {"color": colour}
         yield go.Scatter(
-            x=[units[i].x for i in some], y=[_height(units[i]) for i in some], mode="markers+text" if labels else "markers", marker=marker, name=label,
-            text=[".".join(map(str, (units[i].key.layer, *units[i].index))) for i in some], textposition="middle right" if name == "mlp" else "bottom center",
-            textfont={"size": 9}, hovertext=[_words(units[i]) for i in some], hovertemplate="%{hovertext}<extra></extra>")
+            x=[units[i].x for i in some], y=[_height(units[i]) for i in some], mode="markers+text" if labels else "markers", marker=marker,
+            name=label, text=[".".join(map(str, (units[i].key.layer, *units[i].index))) for i in some], textfont={"size": 9},
+            textposition="middle right" if name == "mlp" else "bottom center", hovertext=[_words(units[i]) for i in some],
+            hovertemplate="%{hovertext}<extra></extra>")
 
 
 def _words(unit: _Unit) -> str:

@@ -32,7 +32,7 @@ def overview(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *
     check_values(circuit, scores, "scores")
     check_values(circuit, effects, "effects")
     report = evaluate(model, circuit, prompts)
-    of = {"task": task, "scores": scores, "effects": effects}
+    of: dict[str, Any] = {"task": task, "scores": scores, "effects": effects}
     items: list[Item] = [_summary(circuit, task), f"On {report.n_prompts} prompts, {report.ablation} ablation:", report.to_frame(),
                          "Live nodes by layer:", circuit.summary(), mask_map(circuit, **of)]
     if isinstance(found, PruneResult) and found.history:
@@ -44,9 +44,16 @@ def overview(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *
     items += [neuron_map(circuit, name, **of) for name in NEURONS if counts.get(name)]
     items += [agreement(circuit, effects, task=task)] if effects is not None else []
     items.append(token_effects(model, circuit, prompts))
-    items += [kept_heads(model, circuit, prompts)] if any(hook.endswith("hook_z") and circuit[hook].any() for hook in circuit) else []
+    items += [_heads(model, circuit, prompts)] if any(hook.endswith("hook_z") and circuit[hook].any() for hook in circuit) else []
     items += [kept_neurons(model, circuit, prompts)] if counts.get("mlp_neuron") else []
     return [*items, *_nodes(circuit, scores, effects)]
+
+
+def _heads(model: Any, circuit: Circuit, prompts: PromptPairs) -> Item:
+    try:
+        return kept_heads(model, circuit, prompts)
+    except ValueError as error:  # not every attention implementation gives its patterns
+        return f"No attention patterns: {error}"
 
 
 def _summary(circuit: Circuit, task: str) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import circuitsvis
 import jinja2
@@ -17,7 +18,7 @@ from markupsafe import Markup
 from plotly.basedatatypes import BaseFigure
 from plotly.offline import get_plotlyjs
 
-Item = go.Figure | RenderedHTML | pd.DataFrame | str
+Item: TypeAlias = "go.Figure | RenderedHTML | pd.DataFrame | str"
 CAPTION = '<p class="caption">{}</p>\n'
 
 
@@ -101,5 +102,8 @@ def _fragment(item: Item) -> dict[str, Any]:
 def _as_json(table: pd.DataFrame) -> str:
     """Columns and rows; the index is a column of its own unless it only counts the rows."""
     if not isinstance(table.index, pd.RangeIndex):
-        table = table.reset_index(names=table.index.name or "")
-    return str(table.to_json(orient="split", index=False, double_precision=15)).replace("<", "\\u003c")
+        index = table.index.to_frame(index=False).set_axis([name or "" for name in table.index.names], axis=1)
+        table = pd.concat([index, table.reset_index(drop=True)], axis=1)  # reset_index refuses an index named as a column
+    values = table.set_axis(range(table.shape[1]), axis=1).to_json(orient="values", double_precision=15)
+    names = json.dumps([str(name) for name in table.columns])
+    return f'{{"columns": {names}, "data": {values}}}'.replace("<", "\\u003c")

@@ -63,8 +63,8 @@ def pruned_neurons(model: Any, circuit: Circuit | PruneResult, prompts: PromptPa
 
 
 def kept_heads(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *, prompt: int = 0, most: int = 40) -> RenderedHTML:
-    """Attention patterns of the full model's heads that the circuit keeps, on a clean prompt; each is named layer.head and its gate,
-    the share of its dims that is live.
+    """Attention patterns of the full model's heads that the circuit keeps, on a clean prompt; each is named layer.head (gate), the
+    gate being the share of its dims that is live.
 
     most: heads shown at most, the largest gates first; the caption says how many there are.
     Raises: ValueError where the circuit keeps no head, or the model has no hook_pattern; and as `kept_neurons`.
@@ -78,13 +78,15 @@ def kept_heads(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs,
     names = {layer: f"blocks.{layer}.attn.hook_pattern" for layer, _ in picked}
     with masks_off(model):
         seen = capture(model, one.clean, list(names.values()))
+    if missing := sorted(set(names.values()) - set(seen)):
+        raise ValueError(f"the model's forward gave no attention pattern at {missing[0]}; load it with attn_implementation=\"eager\".")
     real = _real(one)
     patterns = torch.stack([seen[names[layer]][0, head][real][:, real].float().cpu() for layer, head in picked])
     rest = f", the largest gates of {len(gates):,}" if len(picked) < len(gates) else ""
     view = cv.attention.attention_heads(patterns, _tokens(model, one.clean[0][real]),  # drawn on a canvas: escapes would show
-                                        [f"{layer}.{head} gate {gates[layer, head]:.2f}" for layer, head in picked])
-    return _captioned(f"Attention of {len(picked):,} kept heads{rest}; gate: share of the head's dims that is live. "
-                      f"Prompt: {''.join(_tokens(model, one.clean[0][real]))}", view)
+                                        [f"{layer}.{head} ({gates[layer, head]:.2f})" for layer, head in picked])
+    return _captioned(f"Attention of {len(picked):,} kept heads{rest}, named layer.head (gate: share of its dims that is live). "
+                      f"Prompt: {_text(model, one.clean[0][real])}", view)
 
 
 def token_effects(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *, prompt: int = 0,
@@ -98,7 +100,8 @@ def token_effects(model: Any, circuit: Circuit | PruneResult, prompts: PromptPai
     Raises: as `kept_neurons`, and where the ablation does not fit the prompt.
     """
     circuit, one = _checked(model, circuit, prompts, prompt, batch_size)
-    values = [position_effects(model, which, one, batch_size=batch_size) for which in (circuit, Circuit.full(circuit.space, circuit.ablation))]
+    both = (circuit, Circuit.full(circuit.space, circuit.ablation))
+    values = [position_effects(model, which, one, batch_size=batch_size) for which in both]
     real = _real(one)
     tokens = [html.escape(token) for token in _tokens(model, one.clean[0][real])]
     view = cv.tokens.colored_tokens_multi(tokens, torch.stack(values, 1)[real.cpu()], labels=["circuit", "full model"])
@@ -154,8 +157,16 @@ def _real(one: PromptPairs) -> Tensor:
     return one.attention_mask[0]
 
 
+def _text(model: Any, ids: Tensor) -> str:
+    return str(model.tokenizer.decode(ids))
+
+
 def _tokens(model: Any, ids: Tensor) -> list[str]:
-    return list(model.to_str_tokens(ids))
+    """The text of each token, with the space before it also where the tokenizer adds spaces only between tokens."""
+    alone = list(model.to_str_tokens(ids))
+    texts = [_text(model, ids[:i]) for i in range(len(ids) + 1)]
+    spaced = [text[len(before):] for before, text in zip(texts, texts[1:], strict=False)]
+    return spaced if all(text.strip() == token.strip() for text, token in zip(spaced, alone, strict=True)) else alone
 
 
 def _neurons(model: Any, one: PromptPairs, layers: Sequence[int]) -> list[dict[int, Tensor]]:
@@ -177,5 +188,5 @@ def _neuron_view(model: Any, one: PromptPairs, seen: list[dict[int, Tensor]], pi
 def _captioned(caption: str, view: RenderedHTML) -> RenderedHTML:
     """With a line of text above; local in every form, so that a notebook does not ask the network for JavaScript either."""
     before, bundle, after = parts_of(view)
-    source = CAPTION.format(html.escape(caption)) + before + bundle + after
+    source = CAPTION.format(html.escape(caption, quote=False)) + before + bundle + after
     return RenderedHTML(source, source)

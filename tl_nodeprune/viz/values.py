@@ -49,12 +49,18 @@ def height(rows: int, row: int = 17) -> int:
     return max(420, 190 + row * rows)
 
 
+def colorbar(what: str) -> dict[str, Any]:
+    """A colour bar of one size, however tall the figure."""
+    return {"title": what, "thickness": 12, "lenmode": "pixels", "len": 230, "y": 1, "yanchor": "top"}
+
+
 def check_values(circuit: Circuit, given: Values | None, name: str) -> None:
     """Raises TypeError where `given` is no mapping, ValueError where it has no hook of the circuit, or one in another shape."""
     if given is None:
         return
     if not isinstance(given, Mapping):
-        raise TypeError(f"{name} must be a mapping from hook name to tensor, got {type(given).__name__}; see crosscheck.activation_patching.")
+        raise TypeError(f"{name} must be a mapping from hook name to tensor, got {type(given).__name__}; "
+                        "see crosscheck.activation_patching.")
     shared = [hook for hook in circuit if hook in given]
     if not shared:
         raise ValueError(f"{name} has none of this circuit's hooks: it has {', '.join(map(str, list(given)[:4])) or 'nothing'}, "
@@ -128,7 +134,7 @@ def hover(granularity: str, nodes: pd.DataFrame) -> dict[str, Any]:
     shown = [name for name in ("score", "effect") if nodes[name].notna().any()]
     name = ".".join(f"%{{customdata[{i}]:d}}" for i in range(len(index)))
     rest = "".join(f"<br>{what} %{{customdata[{len(index) + i}]:.4~g}}" for i, what in enumerate(shown))
-    return {"customdata": nodes[[*index, *shown]].to_numpy(dtype=float), "hovertemplate": f"{granularity} {name}{rest}<extra></extra>"}
+    return {"customdata": nodes[[*index, *shown]].to_numpy(dtype=np.float32), "hovertemplate": f"{granularity} {name}{rest}<extra></extra>"}
 
 
 def node_table(circuit: Circuit | PruneResult, *, scores: Values | None = None, effects: Values | None = None,
