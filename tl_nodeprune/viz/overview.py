@@ -67,6 +67,6 @@ def _summary(circuit: Circuit, task: str) -> str:
 def _nodes(circuit: Circuit, scores: Values | None, effects: Values | None) -> list[Item]:
     table = node_table(circuit, scores=scores, effects=effects)
     cut = f", the first {_MOST_ROWS:,} here, coarse to fine" if len(table) > _MOST_ROWS else ""
-    text = f"Kept nodes: {len(table):,}{cut}. Type to filter (all words must occur), click on a column to sort."
+    text = f"Kept nodes: {len(table):,}{cut}. Type to filter, click on a column to sort."
     head: pd.DataFrame = table.head(_MOST_ROWS)
     return [text, head]
