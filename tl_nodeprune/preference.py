@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -69,12 +70,12 @@ class Sample:
         """All prompts as given."""
         return cls(prompts, torch.full((len(prompts),), GIVEN), torch.arange(len(prompts)))
 
-    def split(self, share: float, generator: torch.Generator) -> tuple[Int[Tensor, "a"], Int[Tensor, "b"]]:
-        """Indices of the prompts in two sets of whole pairs, the second with `share` of the pairs."""
-        n = int(self.pairs.max()) + 1
-        held = torch.zeros(n, dtype=torch.bool)
-        held[torch.randperm(n, generator=generator)[: round(share * n)]] = True
-        return (~held[self.pairs]).nonzero()[:, 0], held[self.pairs].nonzero()[:, 0]
+    def folds(self, n: int, generator: torch.Generator) -> Iterator[tuple[Int[Tensor, "a"], Int[Tensor, "b"]]]:
+        """The indices of the prompts n times over in two sets of whole pairs; each pair is once in the second."""
+        fold = torch.randperm(int(self.pairs.max()) + 1, generator=generator) % n
+        for i in range(n):
+            held = (fold == i)[self.pairs]
+            yield (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
 def preference(model: Any, prompts: PromptPairs, batch_size: int) -> Preference:

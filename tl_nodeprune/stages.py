@@ -14,8 +14,8 @@ from tl_nodeprune.refine import Refinement
 from tl_nodeprune.search import Search
 
 ROUND_COST = 12  # steps of the search that are worth one round of the refinement
-GAP_COST = 10  # one step in so many goes to the search that measures the gap
-HELD_OUT, FEWEST_TO_HOLD = 0.25, 16  # share of the pairs held out for the gap; from how many pairs on
+FOLDS, FEWEST_TO_HOLD = 4, 16  # parts of the pairs, each held out once for the gap; from how many pairs on
+GAP_COST = 20  # one step in so many goes to each fold's search
 FRESH, TIGHTEST = 1.5, 0.4  # KL on fresh pairs over the budget, at most; the tightest budget over that asked for
 
 
@@ -35,13 +35,15 @@ class Stages:
         rounds = steps // ROUND_COST if by_kl else 0
         hold_out = rounds >= 2 and len(self.sample.pairs.unique()) >= FEWEST_TO_HOLD
         again = steps // GAP_COST if hold_out else 0
-        search = Search(self.landscape, self.everything, steps=steps - rounds - again, start=start, **self.common)  # type: ignore[arg-type]
+        search = Search(self.landscape, self.everything, steps=steps - rounds - FOLDS * again, start=start, **self.common)  # type: ignore[arg-type]
         self.best, self.taken = search.run(), search.taken
         self.landscape.restore(self.best.ablation)
         finish = self._refine(search, rounds // 2 if again else rounds)
         if again and self.best.size:
             self._make_room(again)
             finish = self._refine(search, rounds - rounds // 2)
+            if self._found_by_scores(search):
+                finish = self._refine(search, 0)
         if self.best.violation > 1 and self.budget.max_size is None:
             finish = self._within_what_was_asked(search)
         minimal = self.budget.max_size is None and finish.minimal(exact_tests)
@@ -55,18 +57,30 @@ class Stages:
         return finish
 
     def _make_room(self, steps: int) -> None:
-        """How much worse than on its own pairs a circuit of this size does on others: a search on three quarters of them, judged on the
-        rest. The budget is tightened by what is too much."""
-        rows, held = self.sample.split(HELD_OUT, self.generator)
+        """How much worse than on its own pairs a circuit of this size does on others: searches on three quarters of them, each judged on
+        the rest. The budget is tightened by what is too much."""
         self.landscape.budget = replace(self.budget, max_size=self.best.size)
-        search = Search(self.landscape, rows, steps=steps, first_step=self.taken, **self.common)  # type: ignore[arg-type]
-        found = search.run()
-        self.taken += search.taken
-        excess = self.landscape.snapshot(found.kept, held).loss - found.loss
+        excess = 0.0
+        for rows, held in self.sample.folds(FOLDS, self.generator):
+            search = Search(self.landscape, rows, steps=steps, first_step=self.taken, **self.common)  # type: ignore[arg-type]
+            found = search.run()
+            self.taken += search.taken
+            excess += (self.landscape.snapshot(found.kept, held).loss - found.loss) / FOLDS
+            self.landscape.restore(self.best.ablation)
         self.gap = 1 + max(excess, 0.0) / max(self.best.loss, 1e-12)
-        self.landscape.restore(self.best.ablation)
         room = min(1.0, max(FRESH / max(self.gap, 1e-12), TIGHTEST)) if self.budget.max_size is None else 1.0
         self.landscape.budget = replace(self.budget, max_loss=self.budget.max_loss * room)
+
+    def _found_by_scores(self, search: Search) -> bool:
+        """Whether the tighter budget is better met by a cut through the search's own scores: where nodes matter alike for all prompts,
+        those generalise better than nodes opened one by one."""
+        if self.budget.max_size is not None:
+            return False
+        cut = search.cut(self.landscape.budget)
+        better = self.landscape.budget.better(cut, self.best)
+        if better:
+            self.best = cut
+        return better
 
     def _within_what_was_asked(self, search: Search) -> Refinement:
         """Where there is no getting within the tighter budget: as far as it went, or, outside the one asked for, nodes added until that

@@ -46,10 +46,11 @@ def test_pairs_are_turned_round_only_where_the_corrupted_prompts_do_the_task(toy
     assert torch.equal(sample.prompts.answers[n:], prompts.wrong_answers[3:])
 
 
-def test_split_keeps_pairs_whole(toy: Toy) -> None:
+def test_folds_keep_pairs_whole_and_hold_each_out_once(toy: Toy) -> None:
     n = len(toy[1])
-    sample = made(toy[1], torch.ones(n), torch.ones(n)).sample()
-    rows, held = sample.split(0.25, torch.Generator().manual_seed(0))
-    assert sorted([*rows.tolist(), *held.tolist()]) == list(range(2 * n))
-    assert not set(sample.pairs[rows].tolist()) & set(sample.pairs[held].tolist()) and len(held) == 2 * round(n / 4)
-    assert len(Sample.of(toy[1]).pairs) == n
+    sample, seen = made(toy[1], torch.ones(n), torch.ones(n)).sample(), []
+    for rows, held in sample.folds(4, torch.Generator().manual_seed(0)):
+        assert sorted([*rows.tolist(), *held.tolist()]) == list(range(2 * n))
+        assert not set(sample.pairs[rows].tolist()) & set(sample.pairs[held].tolist()) and len(held) == 2 * (n // 4)
+        seen += held.tolist()
+    assert sorted(seen) == list(range(2 * n)) and len(Sample.of(toy[1]).pairs) == n

@@ -1,0 +1,197 @@
+"""`report`: what speaks for a circuit and what against it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+from tl_nodeprune.ablation import ABLATIONS, Ablation
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.evaluation import evaluate
+from tl_nodeprune.hooks import check_ready
+from tl_nodeprune.hypotheses import HypothesisTest, equivalence, independence, minimality
+from tl_nodeprune.masks import masks_off
+from tl_nodeprune.preference import preference
+from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.reporting import Report, Settings
+from tl_nodeprune.runs import Runs
+from tl_nodeprune.trial import Trial, UnitEffects
+from tl_nodeprune.units import units_of
+
+FEWEST_FOR_INTERVALS = 10
+
+
+def report(
+    model: Any, circuit: Circuit, prompts: PromptPairs, *, held_out: PromptPairs | None = None, units: str = "block", n_random: int = 100,
+    n_subsets: int = 20, max_units: int = 64, alpha: float = 0.05, seed: int = 0, batch_size: int = 64, progress: bool = True,
+) -> Report:
+    """What a circuit is worth, under the ablation it was found under: faithfulness with intervals, completeness, random circuits of equal
+    size, other ablations, the tests of Shi et al. 2024 (see `hypotheses`), and redundancy. Masks that are attached are left out.
+
+    held_out: prompts that the search has not seen; then these are judged on, and `prompts` (those of the search) evaluated beside them.
+    units: what is removed one at a time: "block" (heads, MLP blocks) or "node" (single leaf nodes), see `units_of`; of those kept at
+        most `max_units` are tried, drawn at random above that.
+    n_random: random circuits, and random units that kept ones are compared with. n_subsets: random subsets for completeness.
+    alpha: level of the tests. batch_size: rows (circuit and prompt) per forward. The same seed gives the same report.
+    Cost: about 3 * n_random + 2 * n_subsets + 2 * (units tried) circuits, each a forward row per prompt; more where units turn out to be
+    redundant. Where prompts are too few for a test, its values are NaN and its verdict says how many it takes.
+
+    Raises: ValueError where circuit or prompts do not fit the model, an ablation was not fitted, corrupted prompts are missing where
+    the ablation needs them (all the same as the clean ones), ablating all nodes changes nothing (a constant metric), or a number is out
+    of range; TypeError for what is no Circuit or PromptPairs; RuntimeError where a circuit is applied or the model is in training mode
+    with dropout; FloatingPointError for NaN or inf logits.
+    """
+    judged = prompts if held_out is None else held_out
+    _check_arguments(circuit, (prompts, judged), n_random=n_random, n_subsets=n_subsets, max_units=max_units, batch_size=batch_size)
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha={alpha}; it must lie between 0 and 1.")
+    every_unit = units_of(circuit.space, units)
+    with masks_off(model):
+        _check_fits(model, circuit, (prompts, judged))
+        runs = Runs(model, judged, circuit.space, circuit.ablation, batch_size=batch_size, progress=progress)
+        trial = Trial(runs, circuit, every_unit, max_units=max_units, generator=torch.Generator().manual_seed(seed))
+        task, effects = preference(model, judged, batch_size), trial.effects()
+        tests, p_values = _tests(trial, effects, n_random, alpha, seed)
+        found, looked_for, paired = trial.redundancies(effects)
+        evaluation = evaluate(model, circuit, judged, batch_size=batch_size)
+        ablations, left_out = _under_each_ablation(model, circuit, judged, batch_size)
+        return Report(
+            settings=Settings(circuit.space.model_name, circuit.ablation.name, circuit.space.granularities, circuit.space.layers,
+                              circuit.size, circuit.size_total, len(judged), held_out is not None, units, len(trial.tried),
+                              len(trial.kept), n_random, n_subsets, alpha, seed),
+            evaluation=evaluation, searched=None if held_out is None else evaluate(model, circuit, prompts, batch_size=batch_size),
+            intervals=_intervals(trial, seed), task_p=math.nan if _paired_with_itself(judged) else task.p_value,
+            completeness=trial.completeness(n_subsets), null=trial.random_circuits(n_random), **tests, ablations=ablations,
+            effects=_frame(effects, p_values), redundancies=tuple(found), stand_ins_sought=looked_for, pairs_among=paired,
+            notes=(*left_out, *_notes(model, circuit, prompts, held_out)),
+        )
+
+
+def _tests(trial: Trial, effects: UnitEffects, n_random: int, alpha: float, seed: int
+           ) -> tuple[dict[str, HypothesisTest], NDArray[np.float64]]:
+    """The tests by name, and each unit's p-value of minimality."""
+    scores = {name: getattr(trial, name).score[0] for name in ("itself", "full", "ablated", "complement")}
+    p_values = np.full(len(effects.units), np.nan)
+
+    def of_units() -> HypothesisTest:
+        if not trial.spare:
+            raise ValueError("every unit is kept whole, so there is no random one to compare with.")
+        reference, names = trial.random_effects(n_random), [str(unit) for unit in effects.units]
+        test, p_values[:] = minimality(effects.score_change, reference, alpha=alpha, names=names)
+        return test
+
+    def equal() -> HypothesisTest:
+        return equivalence(scores["itself"], scores["full"], alpha=alpha, ties=trial.runs.resolution)
+
+    def knocked_out(name: str) -> HypothesisTest:
+        return _made("independence", lambda: independence(scores[name], scores["full"], alpha=alpha, seed=seed))
+
+    apart = knocked_out("complement")
+    if apart.passed is False and (nothing := knocked_out("ablated")).passed is False:
+        why = ("But so do the scores with every node ablated "
+               f"(p = {nothing.p_value:.2g}): what stands in for nodes tells of the task itself, and this test can decide nothing.")
+        apart = replace(apart, passed=None, sentence=f"{apart.sentence} {why}")
+    return {"equivalence": _made("equivalence", equal), "independence": apart, "minimality": _made("minimality", of_units)}, p_values
+
+
+def _made(name: str, test: Callable[[], HypothesisTest]) -> HypothesisTest:
+    """A test, or why it could not be made."""
+    try:
+        return test()
+    except ValueError as error:
+        return HypothesisTest.not_made(name, str(error))
+
+
+def _frame(effects: UnitEffects, p_values: NDArray[np.float64]) -> pd.DataFrame:
+    table = pd.DataFrame({"kl_rise": effects.kl_rise.tolist(), "score_change": effects.score_change.tolist(), "p_value": p_values},
+                         index=pd.Index(list(map(str, effects.units)), name="unit"))
+    return table.sort_values("kl_rise", ascending=False)
+
+
+def _under_each_ablation(model: Any, circuit: Circuit, prompts: PromptPairs, batch_size: int) -> tuple[pd.DataFrame, list[str]]:
+    """A row per ablation with the circuit's metrics under it, and which were left out, why."""
+    rows, left_out = {}, []
+    for name in ABLATIONS:
+        ablation = circuit.ablation if name == circuit.ablation.name else Ablation(name)
+        if name == "optimal" and not ablation.fitted:
+            left_out.append("Optimal ablation is left out: the circuit carries no constants learned for it.")
+        elif name == "interchange" and _paired_with_itself(prompts):
+            left_out.append("Interchange ablation is left out: all corrupted prompts are the same as the clean ones.")
+        else:
+            fitted = ablation.fit(model, prompts, circuit.space.hooks, batch_size=batch_size)
+            under = Circuit(circuit.space, {key: circuit.live(*key) for key in circuit.space.shapes}, fitted)
+            found = evaluate(model, under, prompts, batch_size=batch_size)
+            rows[name] = found.to_frame().loc["circuit"].to_dict() | {"found_under": name == circuit.ablation.name}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("ablation"), left_out
+
+
+def _intervals(trial: Trial, seed: int) -> dict[str, tuple[float, float]]:
+    """95 % intervals over prompts: percentile bootstrap, but Wilson's for shares, which a bootstrap gives no width at 0 and 1."""
+    one = trial.itself
+    n = one.score.shape[1]
+    if n < FEWEST_FOR_INTERVALS:
+        return dict.fromkeys(("kl", "accuracy", "logit_diff", "exact_match", "faithfulness"), (math.nan, math.nan))
+    circuit, full, ablated = (scores.score[0].double().numpy() for scores in (one, trial.full, trial.ablated))
+
+    def faithfulness(c: NDArray[Any], f: NDArray[Any], a: NDArray[Any], axis: int = -1) -> NDArray[Any]:
+        with np.errstate(all="ignore"):
+            return (c.mean(axis) - a.mean(axis)) / (f.mean(axis) - a.mean(axis))  # type: ignore[no-any-return]
+
+    def bootstrap(statistic: Any, *data: NDArray[Any]) -> tuple[float, float]:
+        found = stats.bootstrap(data, statistic, paired=True, vectorized=True, method="percentile", n_resamples=2000, axis=-1,
+                                random_state=np.random.default_rng(seed)).confidence_interval
+        return float(found.low), float(found.high)
+
+    def share(hits: torch.Tensor) -> tuple[float, float]:
+        found = stats.binomtest(int(hits.sum()), n).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
+
+    return {"kl": bootstrap(np.mean, one.kl[0].double().numpy()), "accuracy": share(one.score[0] > 0),
+            "logit_diff": bootstrap(np.mean, circuit), "exact_match": share(one.agrees[0]),
+            "faithfulness": bootstrap(faithfulness, circuit, full, ablated) if trial.share(0) == 0 else (math.nan, math.nan)}
+
+
+def _check_arguments(circuit: Circuit, given: tuple[PromptPairs, ...], **numbers: int) -> None:
+    if not isinstance(circuit, Circuit):
+        raise TypeError(f"circuit must be a Circuit, got {type(circuit).__name__}; `prune` gives one as `result.circuit`.")
+    for prompts in given:
+        if not isinstance(prompts, PromptPairs):
+            raise TypeError(f"prompts and held_out must be PromptPairs, got {type(prompts).__name__}; see PromptPairs.from_strings.")
+        if circuit.ablation.name == "interchange" and _paired_with_itself(prompts):
+            raise ValueError("corrupted prompts are missing: all are the same as the clean ones, so interchange ablation replaces nothing. "
+                             "Give corrupted prompts, or a circuit found under mean, zero or optimal ablation.")
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}; it must be a whole number, 1 or more.")
+
+
+def _check_fits(model: Any, circuit: Circuit, given: tuple[PromptPairs, ...]) -> None:
+    check_ready(model)
+    circuit.check_fits(model)
+    for prompts in given:
+        prompts.check_fits(model)
+
+
+def _paired_with_itself(prompts: PromptPairs) -> bool:
+    return torch.equal(prompts.clean, prompts.corrupted)
+
+
+def _notes(model: Any, circuit: Circuit, prompts: PromptPairs, held_out: PromptPairs | None) -> list[str]:
+    notes, name = [], str(getattr(model.cfg, "model_name", ""))
+    if name != circuit.space.model_name:
+        notes.append(f"The circuit was found on a model called {circuit.space.model_name!r}, this one is called {name!r}.")
+    if held_out is None:
+        notes.append("No held-out prompts were given: if the circuit was searched on these, all that is good here is too good.")
+    else:
+        seen = {tuple(row) for row in prompts.clean.tolist()}
+        if again := sum(tuple(row) in seen for row in held_out.clean.tolist()):
+            notes.append(f"{again} of the {len(held_out)} held-out prompts are among those of the search as well.")
+    return notes

@@ -1,0 +1,87 @@
+"""Redundancy: units that can do each other's work, so that neither is the truth alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.runs import Runs
+from tl_nodeprune.units import Unit, closed, opened
+
+MATTERS = 0.01  # of KL(full || ablated): a rise of the KL below this counts as none
+RECOVERED = 0.8  # of what removing a unit costs: what a stand-in must bring back, and by how much it must lower that cost
+TOGETHER, PER_UNIT = 4, 4  # units that are named as one stand-in, and stand-ins per unit, at most
+PAIRS_AMONG = 16  # kept units without an effect of their own between which pairs are tried, at most
+
+
+@dataclass(frozen=True)
+class Redundancy:
+    """unit: a kept one. others: what can stand in for it, together. rise: nats, KL of the circuit without any of them less KL of the
+    circuit. recovered: the share of that which having one of the two sides alone brings back. kept: whether `others` are in the circuit
+    too, so that either may go, not both."""
+
+    unit: Unit
+    others: tuple[Unit, ...]
+    recovered: float
+    kept: bool
+    rise: float
+
+    def __str__(self) -> str:
+        others = " with ".join(map(str, self.others))
+        if self.kept:
+            return (f"either {self.unit} or {others} suffices, both are kept: without both the circuit's KL rises by {self.rise:.3g} nats, "
+                    f"without one of them by {(1 - self.recovered) * self.rise:.2g} at most")
+        return (f"either {self.unit} or {others} suffices: with {self.unit} out, which costs {self.rise:.3g} nats, {others} "
+                f"{'brings' if len(self.others) == 1 else 'bring'} back {self.recovered:.0%} of that")
+
+
+def stand_ins(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, float], units: Sequence[Unit]) -> list[Redundancy]:
+    """For each kept unit, whole units of the same kind that are cut (or partly so) and make up for it when it is taken out; and with
+    them in, it no longer matters (else they would not replace it but do good of their own).
+
+    base: the circuit's KL; rises: what removing each unit adds, above 0. Found by halving: all candidates are opened at once, and a
+    half is looked at further only if it brings back enough, so one that works alone but not in company is missed.
+    """
+    found = _bring_back(runs, circuit, base, rises, units)
+    pairs = (one for item in found for one in (opened(circuit, item.others), opened(closed(circuit, [item.unit]), item.others)))
+    kl = runs(pairs, total=2 * len(found), desc="both").kl.double().mean(1)
+    costs = (kl[1::2] - kl[0::2]).tolist()
+    return [item for item, cost in zip(found, costs, strict=True) if cost <= (1 - RECOVERED) * item.rise]
+
+
+def _bring_back(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, float], units: Sequence[Unit]) -> list[Redundancy]:
+    spare = [unit for unit in units if not unit.whole(circuit)]
+    groups = [(unit, tuple(v for v in spare if v.granularity == unit.granularity and v != unit)) for unit in rises]
+    groups, found, parents = [group for group in groups if group[1]], [], dict[tuple[Unit, tuple[Unit, ...]], float]()
+    while groups:
+        circuits = (opened(closed(circuit, [unit]), others) for unit, others in groups)
+        kl = runs(circuits, total=len(groups), desc="stand-ins").kl.double().mean(1).tolist()
+        shares = {group: 1 - (value - base) / rises[group[0]] for group, value in zip(groups, kl, strict=True)}
+        enough = _first_few({group: share for group, share in shares.items() if share >= RECOVERED})
+        halved = {(unit, others) for unit, others in parents if not any(u == unit and set(some) < set(others) for u, some in enough)}
+        done = {group: parents[group] for group in halved} | {group: share for group, share in enough.items() if len(group[1]) == 1}
+        found += [Redundancy(unit, others, share, False, rises[unit]) for (unit, others), share in done.items() if len(others) <= TOGETHER]
+        parents = {group: share for group, share in enough.items() if len(group[1]) > 1}
+        groups = [(unit, half) for unit, others in parents for half in (others[:len(others) // 2], others[len(others) // 2:])]
+    return found
+
+
+def kept_pairs(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, float], least: float) -> list[Redundancy]:
+    """Pairs of kept units whose removal together adds `least` nats or more to the KL, while each alone adds next to nothing of that."""
+    pairs = list(combinations(rises, 2))
+    kl = runs((closed(circuit, pair) for pair in pairs), total=len(pairs), desc="pairs").kl.double().mean(1).tolist()
+    joint = {pair: value - base for pair, value in zip(pairs, kl, strict=True)}
+    found = [Redundancy(one, (other,), 1 - max(rises[one], rises[other], 0) / max(rise, 1e-12), True, rise)
+             for (one, other), rise in joint.items() if rise >= least]
+    return [item for item in found if item.recovered >= RECOVERED]
+
+
+def _first_few(shares: dict[tuple[Unit, tuple[Unit, ...]], float]) -> dict[tuple[Unit, tuple[Unit, ...]], float]:
+    """For each unit the groups of largest share, at most PER_UNIT."""
+    chosen: dict[tuple[Unit, tuple[Unit, ...]], float] = {}
+    for group, share in sorted(shares.items(), key=lambda item: -item[1]):
+        if sum(unit == group[0] for unit, _ in chosen) < PER_UNIT:
+            chosen[group] = share
+    return chosen
