@@ -17,6 +17,7 @@ from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.pruning import Step
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed; it is in the dev extra")
+from selenium.common.exceptions import WebDriverException  # noqa: E402
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
@@ -50,7 +51,10 @@ def driver() -> Iterator[Any]:
                      "--host-resolver-rules=MAP * ~NOTFOUND", "--disable-background-networking", "--no-first-run"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    try:
+        browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    except WebDriverException as error:
+        pytest.skip(f"{chromium} does not start under {chromedriver}: {error.msg}")
     yield browser
     browser.quit()
 

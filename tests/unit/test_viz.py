@@ -136,8 +136,10 @@ def test_token_effects_are_zero_before_the_prompts_differ_and_say_what_they_are(
     effects = position_effects(model, circuit, prompts[0])
     assert first > 0 and (effects[:first].abs() < 1e-6).all() and effects.abs().max() > 1e-3
     props = props_of(tlnp.viz.token_effects(model, circuit, prompts).local_src)
-    np.testing.assert_allclose(np.array(props["values"])[:, 0], effects[:15], atol=1e-6)
-    assert props["labels"] == ["circuit", "full model"] and props["tokens"][:2] == ["&lt;s&gt;", " While"]
+    full = position_effects(model, tlnp.Circuit.full(circuit.space), prompts[0])
+    np.testing.assert_allclose(props["values"], [0, *effects[:15], 0, 0, *full[:15]], atol=1e-6)
+    assert props["tokens"][:3] == ["circuit: ", "&lt;s&gt;", " While"] and len(props["tokens"]) == len(props["values"])
+    assert -props["minValue"] == props["maxValue"] == pytest.approx(float(torch.cat([effects, full]).abs().max()))
 
 
 @pytest.mark.parametrize("ablation", ["zero", "mean", "optimal"])
@@ -179,7 +181,7 @@ def test_errors(toy: Toy, other_model: Any) -> None:
             view(other_model, circuit, prompts)  # type: ignore[operator]
         with circuit.applied(model, prompts), pytest.raises(RuntimeError, match="a circuit is applied"):
             view(model, circuit, prompts)  # type: ignore[operator]
-    with pytest.raises(ValueError, match="0 is too few to show"):
+    with pytest.raises(ValueError, match="most=0; it must be 1 or more"):
         tlnp.viz.kept_heads(model, some_circuit(model), prompts, most=0)
     bad = tlnp.PromptPairs(prompts.clean + 500, prompts.corrupted, prompts.answers, prompts.wrong_answers)
     with pytest.raises(ValueError, match="clean holds token id .* vocabulary ends at 198"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.effects import Effects
 from tl_nodeprune.evaluation import Metrics
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.pruning import Step
@@ -191,8 +191,18 @@ def test_effects_of_coarse_and_fine_nodes() -> None:
     assert effect_of(circuit, head, {hook: uneven}).tolist() == uneven.sum(1).tolist()
     assert effect_of(circuit, dims, {hook: uneven}).equal(uneven)
     assert effect_of(circuit, GateKey("mlp", 0), {"blocks.0.hook_mlp_out": torch.full((5,), 2.0)}) == 2
-    gates = SimpleNamespace(gates={head: torch.tensor([7.0, 8, 9])})  # as crosscheck.Effects has them
-    assert effect_of(circuit, head, gates).tolist() == [7, 8, 9] and effect_of(circuit, dims, gates) is None
+    measured = Effects({head: torch.tensor([1.0, 1, 1])}, space_of(1, ("head",)), "denoise", "activation patching", 1.0, 0.0, 1)
+    assert effect_of(circuit, head, measured).tolist() == [1, 1, 1] and effect_of(circuit, dims, measured) is None
+
+
+def test_agreement_as_crosscheck_counts_it() -> None:
+    circuit = random_circuit()
+    gates = {key: torch.randn(shape, generator=torch.Generator().manual_seed(key.layer)) for key, shape in circuit.space.shapes.items()}
+    effects = Effects(gates, circuit.space, "denoise", "attribution patching", 1.0, 0.0, 1)
+    table = tlnp.crosscheck.agreement(circuit, effects)
+    said = {note.text.split(":")[0]: note.text for note in tlnp.viz.agreement(circuit, effects).layout.annotations}
+    for name, title in (("head", "heads"), ("attn_neuron", "attention neurons"), ("mlp_neuron", "MLP neurons")):
+        assert f"AUROC {table.of(name).auroc:.3g} (" in said[title]
 
 
 def test_node_table_lists_what_is_kept() -> None:

@@ -92,8 +92,8 @@ def test_an_unwritable_folder_is_an_os_error() -> None:
         save_html("/proc/page.html", "text")
 
 
-def test_overview_of_a_result_and_of_an_empty_circuit(toy: Toy, tmp_path: Path) -> None:
-    model, prompts = toy
+def test_overview_of_a_result_and_of_an_empty_circuit(each_toy: Toy, tmp_path: Path) -> None:
+    model, prompts = each_toy
     space = find_nodes(model)
     steps = [tlnp.pruning.Step(0, 1.0, 5, 0.1), tlnp.pruning.Step(1, 0.5, 4, 0.1)]
     result = tlnp.PruneResult(tlnp.Circuit.full(space), True, 0.0, steps, 1.0, 0)

@@ -31,7 +31,7 @@ def kept_neurons(model: Any, circuit: Circuit | PruneResult, prompts: PromptPair
     Raises: ValueError where the circuit has no live MLP neuron, or the circuit or the prompt does not fit the model; IndexError
     where there is no such prompt; TypeError for what is no circuit or no PromptPairs; RuntimeError where a circuit is applied.
     """
-    circuit, one = _checked(model, circuit, prompts, prompt, most)
+    circuit, one = _checked(model, circuit, prompts, prompt, most=most)
     if "mlp_neuron" not in circuit.space.granularities or not circuit.nodes("mlp_neuron"):
         raise ValueError("this circuit has no live MLP neuron to show.")
     live = {layer: circuit.live("mlp_neuron", layer) for layer in _neuron_layers(circuit)}
@@ -48,7 +48,7 @@ def pruned_neurons(model: Any, circuit: Circuit | PruneResult, prompts: PromptPa
 
     Raises: ValueError where the circuit gates no MLP neuron, or cuts none; and as `kept_neurons`.
     """
-    circuit, one = _checked(model, circuit, prompts, prompt, most)
+    circuit, one = _checked(model, circuit, prompts, prompt, most=most)
     layers = _neuron_layers(circuit)
     cut = [(layer, int(i)) for layer in layers for i in (~circuit.live("mlp_neuron", layer)).nonzero()[:, 0]]
     if not cut:
@@ -69,7 +69,7 @@ def kept_heads(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs,
     most: heads shown at most, the largest gates first; the caption says how many there are.
     Raises: ValueError where the circuit keeps no head, or the model has no hook_pattern; and as `kept_neurons`.
     """
-    circuit, one = _checked(model, circuit, prompts, prompt, most)
+    circuit, one = _checked(model, circuit, prompts, prompt, most=most)
     gates = {(layer, int(head)): float(circuit[hook][head].mean()) for layer in circuit.space.layers
              if (hook := f"blocks.{layer}.attn.hook_z") in circuit for head in circuit[hook].any(1).nonzero()[:, 0]}
     if not gates:
@@ -94,19 +94,22 @@ def token_effects(model: Any, circuit: Circuit | PruneResult, prompts: PromptPai
     """What the circuit's work at each token is worth: how much logit difference is lost when its nodes are ablated at that position.
 
     `effect(p) = m(circuit) - m(circuit with all its nodes ablated at position p too)`, m the logit difference at the answer position,
-    one forward per position, under the circuit's own ablation. The other view is the same for the full model with all gated nodes
-    ablated at p. Positive: the work at this token favours the answer. Values: `position_effects`.
+    one forward per position, under the circuit's own ablation. The second line is the same for the full model with all gated nodes
+    ablated at p. Positive: the work at this token favours the answer. Both lines have one scale, the same for either sign.
 
     Raises: as `kept_neurons`, and where the ablation does not fit the prompt.
     """
-    circuit, one = _checked(model, circuit, prompts, prompt, batch_size)
+    circuit, one = _checked(model, circuit, prompts, prompt, batch_size=batch_size)
     both = (circuit, Circuit.full(circuit.space, circuit.ablation))
     values = [position_effects(model, which, one, batch_size=batch_size) for which in both]
     real = _real(one)
     tokens = [html.escape(token) for token in _tokens(model, one.clean[0][real])]
-    view = cv.tokens.colored_tokens_multi(tokens, torch.stack(values, 1)[real.cpu()], labels=["circuit", "full model"])
-    return _captioned(f"Logit difference lost when all nodes at one position are ablated ({circuit.ablation.name} ablation): of the "
-                      "circuit, and of the full model. Hover a token for both.", view)
+    lines = [value[real.cpu()].tolist() for value in values]
+    top = max(1e-9, *(abs(value) for line in lines for value in line))
+    view = cv.tokens.colored_tokens(["circuit: ", *tokens, "\n", "full model: ", *tokens], [0.0, *lines[0], 0.0, 0.0, *lines[1]],
+                                    min_value=-top, max_value=top)
+    return _captioned(f"Logit difference lost when all nodes at one position are ablated ({circuit.ablation.name} ablation), of the "
+                      f"circuit and of the full model; blue: lost, red: gained, up to {top:.3g}. Hover a token for its value.", view)
 
 
 def position_effects(model: Any, circuit: Circuit, one: PromptPairs, *, batch_size: int = 64) -> Float[Tensor, "pos"]:
@@ -135,12 +138,13 @@ def _run_without(model: Any, circuit: Circuit, batch: PromptPairs, positions: Se
         return full_logits(model, batch)
 
 
-def _checked(model: Any, circuit: Any, prompts: PromptPairs, prompt: int, most: int) -> tuple[Circuit, PromptPairs]:
+def _checked(model: Any, circuit: Any, prompts: PromptPairs, prompt: int, **counts: int) -> tuple[Circuit, PromptPairs]:
     circuit = circuit_of(circuit)
     if not isinstance(prompts, PromptPairs):
         raise TypeError(f"prompts must be PromptPairs, got {type(prompts).__name__}; see PromptPairs.from_strings.")
-    if most < 1:
-        raise ValueError(f"{most} is too few to show; give 1 or more.")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count}; it must be 1 or more.")
     one = prompts[prompt]
     with masks_off(model):
         circuit.check_fits(model)

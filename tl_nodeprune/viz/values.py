@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.effects import Effects
 from tl_nodeprune.nodes import GateKey, spread
 from tl_nodeprune.pruning import PruneResult
 
@@ -74,14 +75,13 @@ def check_values(circuit: Circuit, given: Values | None, name: str) -> None:
 def effect_of(circuit: Circuit, key: GateKey, effects: Values | None) -> Float[Tensor, "..."] | None:
     """The effects of one gate tensor's nodes, shaped as it is; None where they were not measured.
 
-    In a plain mapping, values that are all the same within a coarser node at that hook point are that node's effect; where they
-    differ a coarser node's effect is their sum, as first-order effects add up.
+    Effects has every granularity's own. In another mapping, values that are all the same within a coarser node at that hook point are
+    that node's effect; where they differ a coarser node's effect is their sum, as first-order effects add up.
     """
     if effects is None:
         return None
-    gates = getattr(effects, "gates", None)  # crosscheck.Effects knows every granularity's own
-    if gates is not None:
-        return gates[key].detach().float().cpu() if key in gates else None
+    if isinstance(effects, Effects):
+        return effects.gates[key].float() if key in effects.gates else None
     if key.hook not in effects:
         return None
     value = torch.as_tensor(effects[key.hook]).detach().float().cpu()
