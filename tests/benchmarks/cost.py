@@ -1,13 +1,14 @@
 """Time and saved tensors of one training step under masks, as ratios to a plain frozen forward and backward, in one run.
 
-`make bench`, or `python tests/benchmarks/cost.py`. The shape is a GPT-2 of 6 layers, d_model 512, 16 prompts of 16 tokens. Plain: the same
-frozen model with the gradient flowing to the first residual stream, logits everywhere. One row is a step of `prune` (binary
-gates, leaf granularities), one a user's own loop with hard concrete gates at all seven granularities.
+`make bench`, or `python tests/benchmarks/cost.py`. The shape is a GPT-2 of 6 layers, d_model 512, 16 prompts of 16 tokens; with the
+argument "gpt2", GPT-2 small's. Plain: the same frozen model with the gradient flowing to the first residual stream, logits everywhere.
+One row is a step of `prune` (binary gates, leaf granularities), one a user's own loop with hard concrete gates at all seven granularities.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,24 +22,27 @@ from tl_nodeprune.hooks import temporary_hooks
 from tl_nodeprune.landscape import Budget, Landscape
 from tl_nodeprune.objective import Reference
 
-REPEATS, VOCABULARY = 15, 5000
+REPEATS = 15
+SHAPES = {"six": (6, 512, 8, 5000), "gpt2": (12, 768, 12, 50257)}  # layers, d_model, heads, vocabulary
 
 
-def build() -> tuple[Any, tlnp.PromptPairs]:
+def build(shape: str = "six") -> tuple[Any, tlnp.PromptPairs]:
     """A HookedTransformer where there is one, else a bridge, and prompts of random tokens."""
     torch.manual_seed(0)
+    layers, d_model, heads, vocabulary = SHAPES[shape]
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
 
         model = HookedTransformer(HookedTransformerConfig(
-            n_layers=6, d_model=512, n_heads=8, d_head=64, d_mlp=2048, n_ctx=64, d_vocab=VOCABULARY, act_fn="gelu_new")).eval()
+            n_layers=layers, d_model=d_model, n_heads=heads, d_head=64, d_mlp=4 * d_model, n_ctx=64, d_vocab=vocabulary,
+            act_fn="gelu_new")).eval()
     except ImportError:
         from transformer_lens.model_bridge import TransformerBridge
 
-        hf = GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=512, n_head=8, vocab_size=VOCABULARY, n_positions=64)).eval()
+        hf = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=d_model, n_head=heads, vocab_size=vocabulary, n_positions=64)).eval()
         tokenizer = tlnp.toy.load(n=1)[0].tokenizer
         model = TransformerBridge.boot_transformers("gpt2", hf_model=hf, tokenizer=tokenizer, device="cpu").eval()
-    clean, corrupted = torch.randint(0, VOCABULARY, (2, 16, 16))
+    clean, corrupted = torch.randint(0, vocabulary, (2, 16, 16))
     return model, tlnp.PromptPairs(clean, corrupted, torch.arange(16), torch.arange(16) + 100)
 
 
@@ -82,10 +86,10 @@ def measure(steps: dict[str, Callable[[], None]], weights: set[int]) -> dict[str
     return {name: (statistics.median(times[name]), saved_bytes(step, weights) / 2**20) for name, step in steps.items()}
 
 
-def main() -> dict[str, tuple[float, float]]:
+def main(shape: str = "six") -> dict[str, tuple[float, float]]:
     """Measure, print the table, and return {row: (time ratio, saved ratio)}."""
     torch.set_num_threads(2)
-    model, prompts = build()
+    model, prompts = build(shape)
     masks = tlnp.add_node_masks(model)
     with masks.inactive():
         reference = Reference(model, prompts, masks.ablation, masks.space.hooks)
@@ -109,9 +113,10 @@ def main() -> dict[str, tuple[float, float]]:
     base = figures["plain frozen"]
     ratios = {name: (seconds / base[0], saved / base[1]) for name, (seconds, saved) in figures.items()}
     for name, (seconds, saved) in figures.items():
-        print(f"{name:28} {seconds * 1e3:7.1f} ms  x{ratios[name][0]:.2f}   {saved:6.1f} MiB  x{ratios[name][1]:.2f}")
+        print(f"{name:28} {seconds * 1e3:7.1f} ms  x{ratios[name][0]:.2f}   {saved:6.1f} MiB  x{ratios[name][1]:.2f}   "
+              f"{saved * 2**20 / 1e6 / prompts.clean.numel():.2f} MB/token")
     return ratios
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
