@@ -1,7 +1,7 @@
 """The drawings of the README and the docs, as SVG: `python docs/figures/make.py`, about a minute.
 
-circuit.svg: every leaf node of the embedded model, and which of them the circuit of the README's lines keeps. floors.svg: where in a block the
-granularities are. Colours are readable on a light and on a dark page.
+circuit.svg: every leaf node of the embedded model, and which of them the circuit of the README's lines keeps. floors.svg: where in a
+block the granularities are. Colours are readable on a light and on a dark page.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def floors_svg() -> str:
     for x, width, what in ((110, 270, "attention"), (440, 300, "MLP")):
         end = x + width - 20
         parts += [text(x, 88, what, size=12), box(x, 96, width, 188), wire(f"{x + 20},346 {x + 20},286", arrow=True),
-                  wire(f"{end},284 {end},337", arrow=True), f'<circle cx="{end}" cy="346" r="8" fill="none" stroke="{LINE}" stroke-width="2"/>',
-                  wire(f"{end},339 {end},353")]
+                  wire(f"{end},284 {end},337", arrow=True),
+                  f'<circle cx="{end}" cy="346" r="8" fill="none" stroke="{LINE}" stroke-width="2"/>', wire(f"{end},339 {end},353")]
     parts += [*named(128, 122, "head", "attn.hook_z [head]"), *named(128, 224, "attn_neuron", "attn.hook_z [head, d_head]"),
               *named(360, 310, "attn", ""), text(348, 314, "hook_attn_out []", size=10, anchor="end", mono=True)]
     for i in range(4):
