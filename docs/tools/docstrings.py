@@ -30,10 +30,11 @@ def as_markdown(text: str, known: set[str]) -> str:
 
 
 def _joined(lines: list[str]) -> list[str]:
-    """Indented lines are one with the line before."""
+    """Indented lines, and those in the middle of a sentence, are one with the line before."""
     joined: list[str] = []
     for line in lines:
-        if line.startswith("    ") and joined and joined[-1]:
+        open_ended = joined and joined[-1] and not joined[-1].endswith(".")
+        if joined and joined[-1] and line and (line.startswith("    ") or open_ended):
             joined[-1] += " " + line.strip()
         else:
             joined.append(line)
