@@ -7,7 +7,7 @@ LENS := $(if $(filter 3.9,$(TL)),transformer_lens==3.9.0,transformer_lens>=4.3$(
 TORCH := torch==2.13.0# a CPU build on PyPI; any torch that is there already serves as well
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint bench bench-frontier install clean
+.PHONY: demo test test-slow lint docs bench bench-frontier install clean
 demo: install
 	$(VENV)/bin/tl-nodeprune demo
 
@@ -19,6 +19,10 @@ test-slow: install
 
 lint: install
 	$(RUN) -m ruff check . && $(RUN) -m mypy
+
+docs: install  # into out/site; EXECUTE=true runs the notebooks for their outputs
+	$(RUN) -m pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet -f .mkdocs.yml
 
 bench: install
 	$(RUN) tests/benchmarks/cost.py

@@ -1,12 +1,23 @@
-"""Every python block of the README and the docs runs as it stands, in a namespace and a folder of its own."""
+"""Every python block of the README and the docs runs as it stands, in a namespace and a folder of its own; links, reference, drawings."""
 
 from __future__ import annotations
 
+import os
+import pkgutil
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+import torch
+
+import tl_nodeprune as tlnp
+from tl_nodeprune.hooks import find_nodes
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -36,3 +47,75 @@ def test_no_block_is_missed() -> None:
     """A block that is fenced otherwise ("```py", indented) would pass unread."""
     fences = sum(len(re.findall(r"^\s*```\s*py", page.read_text(encoding="utf-8"), re.MULTILINE)) for page in PAGES)
     assert fences == len(blocks()) > 5
+
+
+def links(page: Path) -> list[str]:
+    """Targets of a page's links and images, without those in code."""
+    text = re.sub(r"^```.*?^```$|^ {4,}.*$|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    """Anchors are MkDocs' to check (`make docs`)."""
+    broken = [target for target in links(page) if "://" not in target and target and not (page.parent / target).exists()]
+    assert not broken
+
+
+def test_links_are_found_at_all() -> None:
+    assert "docs/figures/circuit.svg" in links(ROOT / "README.md") and "decisions/0001-search.md" in links(ROOT / "docs" / "index.md")
+
+
+def documented() -> set[int]:
+    """What the reference pages show, by identity: objects, and of a module its chosen members."""
+    shown: set[int] = set()
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        for match in re.finditer(r"^::: (\S+)\n(?:    options:\n      members: \[(.*)\])?", page.read_text(encoding="utf-8"), re.MULTILINE):
+            thing = pkgutil.resolve_name(match[1])
+            shown |= {id(thing), *(id(getattr(thing, name)) for name in re.findall(r"\w+", match[2] or ""))}
+    return shown
+
+
+@pytest.mark.parametrize("module", [tlnp, tlnp.crosscheck, tlnp.viz], ids=lambda module: module.__name__)
+def test_every_public_name_is_in_the_reference(module: ModuleType) -> None:
+    shown = documented()
+    constants = {"GRANULARITIES", "COARSE"}
+    missing = [name for name in module.__all__ if name not in constants and id(getattr(module, name)) not in shown]
+    assert not missing, f"docs/reference has no ::: for {', '.join(missing)} of {module.__name__}"
+
+
+def test_drawing_says_what_it_shows() -> None:
+    """docs/figures/circuit.svg: as many squares kept as its title says."""
+    svg = (ROOT / "docs" / "figures" / "circuit.svg").read_text(encoding="utf-8")
+    kept, total = (int(number.replace(",", "")) for number in re.search(r"A circuit: ([\d,]+) of ([\d,]+) nodes", svg).groups())  # type: ignore[union-attr]
+    drawn = {name: sum(path.count("M") for path in re.findall(rf'<path class="{name}"[^>]* d="([^"]*)"', svg)) for name in ("kept", "cut")}
+    assert drawn == {"kept": kept, "cut": total - kept}
+
+
+def test_drawing_is_made_from_a_circuit(toy: Any) -> None:
+    make, space = runpy.run_path(str(ROOT / "docs" / "figures" / "make.py")), find_nodes(toy[0])
+    generator = torch.Generator().manual_seed(0)
+    gates = {key: torch.rand(shape, generator=generator) < (0.5 if shape else 2) for key, shape in space.shapes.items()}
+    circuit = tlnp.Circuit(space, gates)
+    svg = make["circuit_svg"](circuit, "a <prompt> &", "answer", "faithful")
+    ElementTree.fromstring(svg)
+    assert sum(path.count("M") for path in re.findall(r'<path class="kept"[^>]* d="([^"]*)"', svg)) == circuit.size
+    ElementTree.fromstring(make["floors_svg"]())
+
+
+def test_docstrings_become_lists() -> None:
+    pytest.importorskip("griffe", reason="griffe is not installed; it comes with the docs extra")
+    as_markdown = runpy.run_path(str(ROOT / "docs" / "tools" / "docstrings.py"))["as_markdown"]
+    text = "What it does.\n\nsteps: at\n    most. seed: of draws. note: no name.\n\nRaises: ValueError.\n\nmore\nlines: here."
+    want = "What it does.\n\n\n- `steps`: at most.\n- `seed`: of draws. note: no name.\n\n**Raises** ValueError.\n\nmore lines: here."
+    assert as_markdown(text, {"steps", "seed"}) == want
+
+
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    for module in ("mkdocs", "material", "mkdocstrings_handlers.python", "mkdocs_jupyter"):
+        pytest.importorskip(module, reason=f"{module} is not installed; it is in the docs extra")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", ".mkdocs.yml", "-d", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "WARNING" not in run.stdout + run.stderr
+    assert 'id="tl_nodeprune.prune"' in (tmp_path / "reference" / "search.html").read_text(encoding="utf-8")
