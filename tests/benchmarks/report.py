@@ -27,7 +27,8 @@ NOTES = """Live leaf nodes: of the full node space, less those that change nothi
 the answer positions, interchange ablation. Medians over seeds; a seed draws the split (half to search on, half held out).
 Attribution, magnitude and random circuits are as large as ours at max_kl 0.05 on the same split; TransformerLens' attribution
 keeps whole heads and MLPs until it is at least as large. The best attribution is the one with the lowest held-out KL on each
-split, of those at most 1.1 x as large as ours. `paper` runs PaperObjective, without "layer" gates and without hinge.
+split, of those at most 1.1 x as large as ours. `paper` runs PaperObjective, without "layer" gates and without hinge; on stories3M
+with the penalty summed over gate tensors as in the authors' code for Llama, on the embedded model with their mean as in that for GPT-2.
 One-granularity runs keep all nodes that they do not gate. Times are CPU seconds of the process, compared on one machine only.
 """
 
