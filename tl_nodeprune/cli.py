@@ -68,7 +68,7 @@ def _prune(args: argparse.Namespace) -> None:
         raise ValueError(f"--task {args.task!r} is no task ({', '.join(tasks.ROWS)}) and no file.")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file; give a folder, which need not exist yet.")
-    model = _load(args.model, args.device)
+    model = load_model(args.model, args.device)
     named = args.task in tasks.ROWS
     prompts = tasks.make(args.task, model, args.prompts, args.seed) if named else PromptPairs.from_jsonl(model, args.task)
     right = prompts.correct(model)
@@ -83,7 +83,8 @@ def _prune(args: argparse.Namespace) -> None:
     print(f"Written: {args.out / 'circuit.safetensors'}, {args.out / 'report.json'}")
 
 
-def _load(name: str, device: str) -> Any:
+def load_model(name: str, device: str) -> Any:
+    """A model by its Hugging Face name or folder, or the embedded one for "toy". Raises ValueError where the device cannot be used."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts

@@ -30,7 +30,7 @@ def distance(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch 
 
 
 def shortfall(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
-    """A loss for `rank` that leads to a high CPR: `d_full - d_circuit`, d the logit difference; logits, below 0 where the circuit has more."""
+    """A loss for `rank` that leads to a high CPR: `d_full - d_circuit`, d the logit difference; logits."""
     return prompts.logit_diff(full) - prompts.logit_diff(logits)
 
 

@@ -45,11 +45,13 @@ class NodeScores(Mapping[str, Tensor]):
         gates = {}
         for key in self.space.free():
             if key not in self.gates or tuple(self.gates[key].shape) != self.space.shapes[key]:
-                given = f"{list(self.gates[key].shape)}" if key in self.gates else "missing"
-                raise ValueError(f"scores of the {key.granularity} nodes of layer {key.layer} are {given}; expected {list(self.space.shapes[key])}.")
+                given = list(self.gates[key].shape) if key in self.gates else "missing"
+                raise ValueError(f"scores of the {key.granularity} nodes of layer {key.layer} are {given}; "
+                                 f"expected {list(self.space.shapes[key])}.")
             gates[key] = self.gates[key].detach().float().cpu()
             if not torch.isfinite(gates[key]).all():
-                raise ValueError(f"NaN or inf in the scores of the {key.granularity} nodes of layer {key.layer}; give -1e9 to what must go first.")
+                raise ValueError(f"NaN or inf in the scores of the {key.granularity} nodes of layer {key.layer}; "
+                                 "give a finite number to each.")
         object.__setattr__(self, "gates", gates)
 
     @classmethod
@@ -161,7 +163,7 @@ def _check(masks: NodeMasks, sizes: Sequence[float], steps: int) -> None:
 def check_sizes(sizes: Sequence[float]) -> None:
     """Raises ValueError where sizes are not ascending shares above 0 that end at 1."""
     ascending = all(a < b for a, b in zip(sizes, sizes[1:], strict=False))
-    if len(sizes) < 2 or not ascending or not 0 < sizes[0] or sizes[-1] != 1:
+    if len(sizes) < 2 or not ascending or not sizes[0] > 0 or sizes[-1] != 1:
         raise ValueError(f"sizes={tuple(sizes)}; give two or more shares of the nodes, ascending, above 0, the last one 1.0.")
 
 
