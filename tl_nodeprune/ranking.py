@@ -140,7 +140,7 @@ def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence
 
     Raises: ValueError for sizes that are not so, or "optimal" ablation, whose constants differ from size to size; and what `prune` raises.
     """
-    _check(masks, sizes, steps)
+    _check(masks, sizes, anchor, steps=steps, batch_size=batch_size, step_prompts=step_prompts)
     searchable(masks, prompts)
     counts = sorted({max(round(size * masks.space.free_total()), 1) for size in sizes[:-1]})
     first = min(counts, key=lambda count: abs(math.log(count / (anchor * masks.space.free_total()))))
@@ -151,10 +151,13 @@ def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence
     return NodeScores.from_flat(_ranks(-climb.place), masks.space, landscape.reference.ablation)
 
 
-def _check(masks: NodeMasks, sizes: Sequence[float], steps: int) -> None:
+def _check(masks: NodeMasks, sizes: Sequence[float], anchor: float, **counts: int) -> None:
     check_sizes(sizes)
-    if steps < 1:
-        raise ValueError(f"steps={steps}; it must be 1 or more.")
+    if not 0 < anchor <= 1:
+        raise ValueError(f"anchor={anchor}; give a share of the nodes above 0, up to 1.")
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}; it must be 1 or more.")
     if masks.asked_ablation.name == "optimal":
         raise ValueError('"optimal" ablation learns constants that differ from size to size, so there is no one ranking under it; '
                          'attach the masks with "interchange", "mean" or "zero".')
