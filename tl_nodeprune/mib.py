@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import smooth_l1_loss
 
 from tl_nodeprune.ablation import Ablation
 from tl_nodeprune.circuit import Circuit
@@ -26,11 +25,8 @@ __all__ = ["SIZES", "FaithfulnessCurve", "area", "distance", "evaluate", "read",
 
 
 def distance(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
-    """A loss for `rank` that leads to a low CMD: how far the circuit's logit difference is from the full model's, in logits.
-
-    Quadratic below one logit, linear above (Huber's), so that few prompts far off do not outweigh the others: CMD is of the mean.
-    """
-    return smooth_l1_loss(prompts.logit_diff(logits), prompts.logit_diff(full), reduction="none")
+    """A loss for `rank` that leads to a low CMD: `(d_circuit - d_full)^2`, d the logit difference; logits squared."""
+    return (prompts.logit_diff(logits) - prompts.logit_diff(full)).pow(2)
 
 
 def shortfall(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:

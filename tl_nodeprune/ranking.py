@@ -39,7 +39,7 @@ class NodeScores(Mapping[str, Tensor]):
 
     gates: Mapping[GateKey, Tensor]
     space: NodeSpace
-    ablation: Ablation = Ablation()  # noqa: RUF009 (frozen)
+    ablation: Ablation = Ablation()
 
     def __post_init__(self) -> None:
         gates = {}
@@ -222,7 +222,7 @@ class _Climb:
         """Order some nodes among themselves: first the `size` that do best together, with the `held` best of all nodes beside them."""
         nodes = among.nonzero()[:, 0]
         part = _Part(self.landscape, nodes, self.place < held, size)
-        guess = self.landscape.circuit(among & (self.place < held + size), self.landscape.reference.ablation) if start else None
+        guess = self.landscape.circuit(self.place < held + size, self.landscape.reference.ablation) if start else None
         rounds = self.steps // (ROUNDS_SHARE * ROUND_COST) if part.budget.loss is kl_divergence else 0
         common = {"step_prompts": self.step_prompts, "generator": self.generator, "record": self._record}
         search = Search(part, self.rows, steps=self.steps - rounds * ROUND_COST, start=guess, **common)  # type: ignore[arg-type]

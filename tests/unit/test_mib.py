@@ -81,7 +81,7 @@ def test_losses_for_rank_in_closed_form(toy: Toy) -> None:
     full[torch.arange(2), prompts.answers] = 3.0
     logits[torch.arange(2), prompts.answers] = torch.tensor([2.5, 6.0])
     assert tlnp.mib.shortfall(logits, full, prompts).tolist() == [0.5, -3.0]
-    assert tlnp.mib.distance(logits, full, prompts).tolist() == [0.125, 2.5]  # Huber's: half the square, then linear
+    assert tlnp.mib.distance(logits, full, prompts).tolist() == [0.25, 9.0]
 
 
 @pytest.mark.parametrize("name", ["lookup", "conjunction"])
