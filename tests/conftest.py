@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.hooks import find_attachment
@@ -63,6 +64,23 @@ def other_model(toy: Toy) -> Any:
     torch.manual_seed(0)
     hf = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=199)).eval()
     return TransformerBridge.boot_transformers("gpt2", hf_model=hf, tokenizer=toy[0].tokenizer, device="cpu").eval()
+
+
+MARKUP = "</script><img src=x onerror=run()>"
+
+
+@pytest.fixture(scope="session")
+def markup_toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """The embedded model with a tokenizer in which the second token of the first prompt is MARKUP."""
+    model, prompts = tlnp.toy.load("ioi", n=4)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    source = json.loads((tlnp.toy.FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = source["model"]["vocab"]
+    vocab[MARKUP] = vocab.pop(next(name for name, number in vocab.items() if number == int(prompts.clean[0, 1])))
+    (folder / "tokenizer.json").write_text(json.dumps(source), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_bytes((tlnp.toy.FOLDER / "tokenizer_config.json").read_bytes())
+    model.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    return model, prompts
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The command `tl-nodeprune`: the demo, and pruning a model from a shell."""
+"""The command `tl-nodeprune`: the demo, pruning a model, and a page about a circuit, from a shell."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from typing import Any
 import torch
 
 from tl_nodeprune import tasks, toy
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.crosscheck import COARSE, activation_patching
 from tl_nodeprune.evaluation import Evaluation, evaluate
 from tl_nodeprune.masks import add_node_masks
 from tl_nodeprune.nodes import GRANULARITIES
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.pruning import PruneResult
+from tl_nodeprune.viz import overview, save_html
+
+_PATCHED = 32  # prompts that effects of single nodes are measured on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,22 +41,34 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     demo = commands.add_parser("demo", help="find a circuit in the small model that comes with the package")
     demo.add_argument("--task", default="ioi", choices=tuple(tasks.ROWS))
+    demo.add_argument("--html", type=Path, default=Path("out") / "demo.html", help="the page to write (default: %(default)s)")
     demo.set_defaults(command=_demo)
+    show = commands.add_parser("show", help="write a page about a saved circuit: summary, figures, kept nodes")
+    show.add_argument("circuit", type=Path, help="a circuit.safetensors that `prune` or Circuit.save wrote")
+    show.add_argument("--html", type=Path, required=True, help="the page to write; it needs no network")
+    show.add_argument("--no-effects", action="store_true", help="leave out the effects of single heads and blocks, one run each")
+    _add_model_and_task(show, seed=1, prompts=64)
+    show.set_defaults(command=_show_page)
     prune = commands.add_parser("prune", help="find a circuit in a model of yours")
-    prune.add_argument("--model", required=True, help="a Hugging Face name or folder, or 'toy' for the embedded model")
-    prune.add_argument("--task", required=True, help=f"{', '.join(tasks.ROWS)}, or a .jsonl file (clean, corrupted, answer, wrong)")
     prune.add_argument("--max-kl", type=float, default=0.05, help="nats at the answer positions (default: %(default)s)")
     prune.add_argument("--out", type=Path, required=True, help="folder for circuit.safetensors and report.json")
     prune.add_argument("--ablation", default="interchange", help="interchange, mean, zero or optimal (default: %(default)s)")
     prune.add_argument("--granularities", nargs="+", metavar="G", help=f"some of {', '.join(GRANULARITIES)} (default: all)")
-    prune.add_argument("--prompts", type=int, default=200, help="how many, for the named tasks (default: %(default)s)")
-    prune.add_argument("--seed", type=int, default=0)
-    prune.add_argument("--device", default="cpu")
+    _add_model_and_task(prune, seed=0, prompts=200)
     prune.set_defaults(command=_prune)
     return parser
 
 
+def _add_model_and_task(parser: argparse.ArgumentParser, *, seed: int, prompts: int) -> None:
+    parser.add_argument("--model", required=True, help="a Hugging Face name or folder, or 'toy' for the embedded model")
+    parser.add_argument("--task", required=True, help=f"{', '.join(tasks.ROWS)}, or a .jsonl file (clean, corrupted, answer, wrong)")
+    parser.add_argument("--prompts", type=int, default=prompts, help="how many, for the named tasks (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=seed, help="of the named tasks' prompts and of the search (default: %(default)s)")
+    parser.add_argument("--device", default="cpu")
+
+
 def _demo(args: argparse.Namespace) -> None:
+    _check_page(args.html)
     model, prompts = toy.load(args.task)
     print(f"The embedded model: {model.cfg.n_layers} layers, {model.cfg.n_heads} heads, d_model {model.cfg.d_model}. Task: {args.task}.")
     print(f"  clean:     {model.tokenizer.decode(prompts.clean[0][prompts.attention_mask[0]])}")  # type: ignore[index]
@@ -59,21 +76,43 @@ def _demo(args: argparse.Namespace) -> None:
     train, test = prompts.split(0.75, seed=0)
     result, report = _find(model, train, test, max_kl=0.05)
     _show(result, report)
+    _write_page(args.html, model, result, test, args.task)
+
+
+def _show_page(args: argparse.Namespace) -> None:
+    _check_page(args.html)
+    _check_task(args.task)
+    circuit = Circuit.load(args.circuit)
+    model = load_model(args.model, args.device)
+    circuit.check_fits(model)
+    _write_page(args.html, model, circuit, _prompts(args, model), Path(args.task).stem, effects=not args.no_effects)
+
+
+def _check_page(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"--html {str(path)!r} is a folder; give the name of a file.")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"--html {str(path)!r} cannot be written: {str(above)!r} is a file.")
+
+
+def _write_page(path: Path, model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, task: str, *, effects: bool = True) -> None:
+    space = circuit.circuit.space if isinstance(circuit, PruneResult) else circuit.space
+    patched = [name for name in COARSE if name in {key.granularity for key in space.present}]
+    found = activation_patching(model, prompts[:_PATCHED], patched) if effects and patched else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_html(path, *overview(model, circuit, prompts, task=task, effects=found), title=f"Circuit: {task}")
+    print(f"A page to look at, figures and kept nodes: {path.absolute()}")
 
 
 def _prune(args: argparse.Namespace) -> None:
     if args.max_kl <= 0:
         raise ValueError(f"--max-kl {args.max_kl}; it must be above 0.")
-    if args.task not in tasks.ROWS and not Path(args.task).is_file():
-        raise ValueError(f"--task {args.task!r} is no task ({', '.join(tasks.ROWS)}) and no file.")
+    _check_task(args.task)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file; give a folder, which need not exist yet.")
     model = load_model(args.model, args.device)
-    named = args.task in tasks.ROWS
-    prompts = tasks.make(args.task, model, args.prompts, args.seed) if named else PromptPairs.from_jsonl(model, args.task)
-    right = prompts.correct(model)
-    print(f"The model answers {len(right)} of {len(prompts)} prompts right; the circuit is for those.")
-    train, test = right.split(0.75, seed=args.seed)
+    train, test = _prompts(args, model).split(0.75, seed=args.seed)
     result, report = _find(model, train, test, max_kl=args.max_kl, ablation=args.ablation, granularities=args.granularities, seed=args.seed)
     _show(result, report)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -81,6 +120,19 @@ def _prune(args: argparse.Namespace) -> None:
     settings = {"model": args.model, "task": args.task, "max_kl": args.max_kl, "seed": args.seed, "prompts": len(train)}
     (args.out / "report.json").write_text(json.dumps(_as_json(settings, result, report), indent=2) + "\n")
     print(f"Written: {args.out / 'circuit.safetensors'}, {args.out / 'report.json'}")
+
+
+def _check_task(task: str) -> None:
+    if task not in tasks.ROWS and not Path(task).is_file():
+        raise ValueError(f"--task {task!r} is no task ({', '.join(tasks.ROWS)}) and no file.")
+
+
+def _prompts(args: argparse.Namespace, model: Any) -> PromptPairs:
+    named = args.task in tasks.ROWS
+    prompts = tasks.make(args.task, model, args.prompts, args.seed) if named else PromptPairs.from_jsonl(model, args.task)
+    right = prompts.correct(model)
+    print(f"The model answers {len(right)} of {len(prompts)} prompts right; the circuit is for those.")
+    return right
 
 
 def load_model(name: str, device: str) -> Any:

@@ -108,12 +108,13 @@ def check_finite(logits: Tensor, where: str) -> None:
 class PaperObjective:
     """The objective of Multi-Granular Node Pruning, v2 (arXiv:2512.10903), for comparison.
 
-    `(1 - lam) * (KL(full || circuit) + hinge) + lam * sparsity`; sparsity is the mean over gate tensors of
+    `(1 - lam) * (KL(full || circuit) + hinge) + lam * sparsity`; sparsity is the mean over gate tensors (`summed`: the sum) of
     `weight[granularity] * mean P(open)`; straight-through hard concrete gates, scores from U(2.5, 3.5), lam warmed up
     linearly, AdamW with weight decay on the scores too, cosine per epoch to 1e-4, gradient norm clipped; kept iff score > 0.
 
     lam: 0 to 1. weights: per granularity, 1 where not given. hinge: target of the logit difference; None: no hinge
-        (the paper: 4 for IOI, 0.1 for gendered pronoun, none for greater-than). steps: optimiser steps in all.
+        (the paper: 4 for IOI, 0.1 for gendered pronoun, none for greater-than). summed: as the authors' code for Llama has it, where lam
+        weighs as many times more as there are gate tensors; their code for GPT-2 takes the mean. steps: optimiser steps in all.
     """
 
     lam: float = 0.95
@@ -125,6 +126,7 @@ class PaperObjective:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     hinge: float | None = None
+    summed: bool = False
     weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -164,9 +166,9 @@ class PaperObjective:
             record(step, kl.item(), int(sum((score > 0).sum() for score in masks.parameters())), lam)
 
     def sparsity(self, masks: NodeMasks) -> Tensor:
-        """Mean over gate tensors of `weight * mean P(open)`: scalar, 0 to 1 with all weights 1."""
+        """Mean (or sum) over gate tensors of `weight * mean P(open)`: scalar; the mean is 0 to 1 with all weights 1."""
         shares = [self.weights.get(key.granularity, 1.0) * masks.gate.probability(masks.score(key)).mean() for key in masks.space.shapes]
-        return torch.stack(shares).mean()
+        return torch.stack(shares).sum() if self.summed else torch.stack(shares).mean()
 
     def _hinge(self, logits: Tensor, prompts: PromptPairs) -> Tensor | float:
         return 0.0 if self.hinge is None else relu(self.hinge - prompts.logit_diff(logits)).mean()

@@ -85,10 +85,14 @@ class Bench:
                 method(self)
 
     def paper(self) -> None:
-        for lam in self.options.lams:
-            steps = self.options.paper_steps
-            objective = tlnp.PaperObjective(lam=lam, steps=steps, warmup=steps * 2 // 3)
-            self.prune("paper", f"paper, lam {lam:g}", PAPER_GRANULARITIES, objective=objective, noted={"lam": lam})
+        self.reference("paper", self.options.lams, summed=False)
+        self.reference("paper, summed", self.options.summed_lams, summed=True)
+
+    def reference(self, kind: str, lams: list[float], *, summed: bool) -> None:
+        steps = self.options.paper_steps
+        for lam in lams:
+            objective = tlnp.PaperObjective(lam=lam, steps=steps, warmup=steps * 2 // 3, summed=summed)
+            self.prune(kind, f"{kind}, lam {lam:g}", PAPER_GRANULARITIES, objective=objective, noted={"lam": lam})
 
     def ours(self) -> None:
         for budget in self.options.budgets:
@@ -104,7 +108,7 @@ class Bench:
 
     def match_paper(self) -> None:
         """One more run of ours for each paper run that is more faithful on held-out prompts than every run of ours so far."""
-        for paper in self.rows("paper"):
+        for paper in self.rows("paper") + self.rows("paper, summed"):
             kl = paper["kl"]
             if kl > 0 and min(row["kl"] for row in self.rows("ours")) > kl:
                 self.prune("ours", f"ours, for {paper['method']}", max_kl=kl / MARGIN)
@@ -116,7 +120,7 @@ class Bench:
               noted: dict[str, Any] | None = None, **search: Any) -> None:
         if self.results.has(self.task, self.seed, method):
             return
-        if kind != "paper":
+        if "objective" not in search:
             search |= self.options.search
         search_seed = self.seed if search_seed is None else search_seed
         with attached(self.model, granularities) as masks, warnings.catch_warnings():
@@ -196,6 +200,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
                         help=f"some of {', '.join([*TOYS, *STORIES])}; planted alone leaves the others out")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lams", nargs="+", type=float, default=list(LAMS))
+    parser.add_argument("--summed-lams", nargs="+", type=float, default=[0.95], help="of the paper's objective with its penalty summed")
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help=f"{EQUAL_BUDGET} is always among them")
     parser.add_argument("--paper-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=300, help="of our searches, at most")

@@ -141,6 +141,8 @@ def test_paper_sparsity_formula(weights: dict[str, float]) -> None:
     p = lambda s: 1 / (1 + math.exp(-(s - 2 / 3 * math.log(0.1 / 1.1))))  # noqa: E731
     want = (weights.get("head", 1) * (p(0.5) + p(-0.5)) / 2 + weights.get("mlp", 1) * p(1.0) + (p(0.0) + p(2.0)) / 2) / 3
     assert tlnp.PaperObjective(weights=weights).sparsity(masks).item() == pytest.approx(want, rel=1e-5)
+    summed = tlnp.PaperObjective(weights=weights, summed=True).sparsity(masks).item()
+    assert summed == pytest.approx(want * len(masks.space.shapes), rel=1e-5)
     # leaves: dims under their head, and the MLP
     size = 3 * (p(0.0) * p(0.5) + p(2.0) * p(-0.5)) + p(1.0)
     assert masks.expected_size().item() == pytest.approx(size, rel=1e-5)

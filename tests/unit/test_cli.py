@@ -69,3 +69,50 @@ def test_prune_writes_both_files(toy: Toy, tmp_path: Path, capsys: pytest.Captur
     assert report["live"] == circuit.count() and report["settings"]["max_kl"] == 0.2 and 0 < circuit.size < circuit.size_total
     assert report["converged"] is True and report["kl"] <= 0.2 and {"circuit", "full", "ablated"} <= set(report["held_out"])
     assert "leaf nodes" in capsys.readouterr().out
+
+
+def saved_circuit(toy: Toy, path: Path) -> tlnp.Circuit:
+    circuit = tlnp.Circuit.full(tlnp.hooks.find_nodes(toy[0]).restrict(("head", "mlp_neuron")))
+    circuit.save(path)
+    return circuit
+
+
+def test_show_writes_a_page(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    circuit, html = saved_circuit(toy, tmp_path / "c.safetensors"), tmp_path / "new" / "c.html"
+    assert main(["show", str(tmp_path / "c.safetensors"), "--model", "toy", "--task", "ioi", "--html", str(html), "--prompts", "8"]) == 0
+    page = html.read_text(encoding="utf-8")
+    assert str(html) in capsys.readouterr().out and [path.name for path in html.parent.iterdir()] == ["c.html"]
+    assert f"Leaf nodes live: {circuit.size:,}" in page and "Task: ioi" in page and "AUROC" in page and '"mlp_neuron 2.383"' in page
+    assert main(["show", str(tmp_path / "c.safetensors"), "--model", "toy", "--task", "ioi", "--html", str(html), "--no-effects"]) == 0
+    assert "AUROC" not in html.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("change", "text"), [
+    ({"circuit": "missing.safetensors"}, "there is no file 'missing.safetensors'"),
+    ({"circuit": __file__}, "is damaged or no safetensors file"),
+    ({"--html": str(Path(__file__).parent)}, "is a folder; give the name of a file"),
+    ({"--html": __file__ + "/page.html"}, "test_cli.py' is a file"),
+    ({"--task": "chess"}, "'chess' is no task"),
+    ({"--prompts": "0"}, "n=0"),
+])
+def test_show_refuses_in_one_line(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str], text: str) -> None:
+    saved_circuit(toy, tmp_path / "c.safetensors")
+    page = str(tmp_path / "new" / "c.html")
+    options = {"circuit": str(tmp_path / "c.safetensors"), "--model": "toy", "--task": "ioi", "--html": page} | change
+    words = [word for name, value in options.items() for word in ((value,) if name == "circuit" else (name, value))]
+    assert main(["show", *words]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.startswith("tl-nodeprune: ") and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_show_refuses_a_circuit_of_another_model(other_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved_circuit((other_model, None), tmp_path / "c.safetensors")  # type: ignore[arg-type]
+    assert main(["show", str(tmp_path / "c.safetensors"), "--model", "toy", "--task", "ioi", "--html", str(tmp_path / "c.html")]) == 2
+    assert "this circuit was found on another model" in capsys.readouterr().err and not (tmp_path / "c.html").exists()
+
+
+def test_demo_checks_the_page_before_it_searches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--html", str(Path(__file__).parent)]) == 2
+    out, error = capsys.readouterr()
+    assert not out and "is a folder; give the name of a file" in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import tl_nodeprune as tlnp
 from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.nodes import GRANULARITIES
+from tl_nodeprune.viz.tokens import position_effects
 
 Toy = tuple[Any, tlnp.PromptPairs]
 
@@ -52,12 +54,15 @@ def test_kept_neurons(toy: Toy, layers: Any) -> None:
     source = tlnp.viz.kept_neurons(model, circuit, prompts, prompt=0, most=5).local_src
     assert "&lt;s&gt;" in source and '"<s>"' not in source
     props = props_of(source)
-    _, cache = model.run_with_cache(prompts[0].clean)
     shown = circuit.live("mlp_neuron", 1).nonzero()[:5, 0].tolist()
     columns = [props["secondDimensionLabels"].index(f"1.{neuron}") for neuron in shown]
-    values = np.array(props["activations"]).reshape(15, -1)  # one prompt, padding left out
-    np.testing.assert_allclose(values[:, columns], cache["blocks.1.mlp.hook_post"][0, :15][:, shown].numpy(), atol=1e-5)
-    assert len(props["tokens"]) == 15
+    for run, tokens in enumerate((prompts[0].clean, prompts[0].corrupted)):  # clean first, padding left out
+        _, cache = model.run_with_cache(tokens)
+        values = np.array(props["activations"][run]).reshape(15, -1)
+        np.testing.assert_allclose(values[:, columns], cache["blocks.1.mlp.hook_post"][0, :15][:, shown].numpy(), atol=1e-5)
+    assert [len(tokens) for tokens in props["tokens"]] == [15, 15]
+    caption = f"{len(props['secondDimensionLabels'])} of the circuit's {len(circuit.nodes('mlp_neuron')):,} live MLP neurons, 5 per layer"
+    assert caption in source
 
 
 def test_kept_neurons_with_masks_still_attached(toy: Toy) -> None:
@@ -72,7 +77,89 @@ def test_kept_neurons_with_masks_still_attached(toy: Toy) -> None:
         model.remove_node_masks()
 
 
-def test_errors(toy: Toy) -> None:
+def test_pruned_neurons_are_the_strongest_that_were_cut(toy: Toy) -> None:
+    model, prompts = toy
+    circuit = some_circuit(model, ("mlp_neuron",))
+    source = tlnp.viz.pruned_neurons(model, circuit, prompts, prompt=3, most=7).local_src
+    shown = [tuple(map(int, label.split("."))) for label in props_of(source)["secondDimensionLabels"]]
+    real = prompts.attention_mask[3]  # type: ignore[index]
+    runs = [model.run_with_cache(tokens)[1] for tokens in (prompts[3].clean, prompts[3].corrupted)]
+    peak = {layer: torch.stack([run[f"blocks.{layer}.mlp.hook_post"][0, real].abs().amax(0) for run in runs]).amax(0) for layer in range(3)}
+    cut = [(layer, i) for layer in range(3) for i in range(384) if not circuit.live("mlp_neuron", layer)[i]]
+    strongest = sorted(cut, key=lambda node: -float(peak[node[0]][node[1]]))
+    assert shown == strongest[:7]
+    assert f"The 7 strongest of {len(cut):,} pruned MLP neurons; the {len(cut) - 7:,} left out stay within" in source
+
+
+@pytest.mark.parametrize("granularities", [None, ("head",), ("attn_neuron",)])
+def test_kept_heads(toy: Toy, granularities: Any) -> None:
+    model, prompts = toy
+    circuit = some_circuit(model, granularities)
+    source = tlnp.viz.kept_heads(model, circuit, prompts, most=2).local_src
+    props = props_of(source)
+    _, cache = model.run_with_cache(prompts[0].clean)
+    gates = {(layer, head): float(circuit[f"blocks.{layer}.attn.hook_z"][head].mean()) for layer in range(3) for head in range(4)}
+    largest = sorted(sorted(gates, key=lambda node: -gates[node])[:2])
+    assert props["attentionHeadNames"] == [f"{layer}.{head} ({gates[layer, head]:.2f})" for layer, head in largest]
+    for pattern, (layer, head) in zip(props["attention"], largest, strict=True):
+        np.testing.assert_allclose(pattern, cache[f"blocks.{layer}.attn.hook_pattern"][0, head, :15, :15].numpy(), atol=1e-5)
+    assert props["tokens"][0] == "<s>" and "<s>" not in source and "&lt;s&gt; Wh" in source  # drawn as text; the caption is markup
+
+
+def test_token_effects_of_the_full_model_by_hand(toy: Toy) -> None:
+    """All heads ablated at one position, by TransformerLens alone."""
+    model, prompts = toy
+    one, hooks = prompts[0], [f"blocks.{layer}.attn.hook_z" for layer in range(3)]
+    _, corrupted = model.run_with_cache(one.corrupted)
+    at = one.answer_positions
+
+    def without(position: int) -> float:
+        def patch(z: torch.Tensor, hook: Any, name: str) -> torch.Tensor:
+            z = z.clone()
+            z[:, position] = corrupted[name][:, position]
+            return z
+        logits = model.run_with_hooks(one.clean, fwd_hooks=[(name, partial(patch, name=name)) for name in hooks])
+        return float(one.logit_diff(logits[[0], at])[0])
+
+    with torch.no_grad():
+        base = float(one.logit_diff(model(one.clean)[[0], at])[0])
+        want = [base - without(position) for position in range(15)] + [0.0, 0.0]
+    effects = position_effects(model, tlnp.Circuit.full(find_nodes(model).restrict(("head",))), one, batch_size=4)
+    np.testing.assert_allclose(effects, want, atol=2e-5)
+    assert max(map(abs, want)) > 1
+
+
+def test_token_effects_are_zero_before_the_prompts_differ_and_say_what_they_are(toy: Toy) -> None:
+    model, prompts = toy
+    circuit = some_circuit(model)
+    first = int((prompts[0].clean != prompts[0].corrupted)[0].long().argmax())
+    effects = position_effects(model, circuit, prompts[0])
+    assert first > 0 and (effects[:first].abs() < 1e-6).all() and effects.abs().max() > 1e-3
+    props = props_of(tlnp.viz.token_effects(model, circuit, prompts).local_src)
+    full = position_effects(model, tlnp.Circuit.full(circuit.space), prompts[0])
+    np.testing.assert_allclose(props["values"], [0, *effects[:15], 0, 0, *full[:15]], atol=1e-6)
+    assert props["tokens"][:3] == ["circuit: ", "&lt;s&gt;", " While"] and len(props["tokens"]) == len(props["values"])
+    assert -props["minValue"] == props["maxValue"] == pytest.approx(float(torch.cat([effects, full]).abs().max()))
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean", "optimal"])
+def test_token_effects_under_the_circuits_own_ablation(toy: Toy, ablation: str) -> None:
+    model, prompts = toy
+    space = find_nodes(model).restrict(("mlp",))
+    fitted = tlnp.Ablation(ablation).fit(model, prompts, space.hooks)
+    effects = position_effects(model, tlnp.Circuit.full(space, fitted), prompts[0])
+    assert effects.shape == (17,) and effects[:15].abs().min() >= 0 and effects[0] != 0  # not only where the prompts differ
+    layer = position_effects(model, tlnp.Circuit.full(find_nodes(model).restrict(("layer",))), prompts[0])
+    assert layer.abs().max() > 1
+
+
+def test_views_need_no_network(toy: Toy) -> None:
+    """circuitsvis alone looks for a network, and then loads its JavaScript from there."""
+    view = tlnp.viz.kept_neurons(*toy[:1], some_circuit(toy[0]), toy[1])
+    assert view._repr_html_() == view.local_src == str(view) and "unpkg" not in str(view)
+
+
+def test_errors(toy: Toy, other_model: Any) -> None:
     model, prompts = toy
     with pytest.raises(ValueError, match="no live MLP neuron"):
         tlnp.viz.kept_neurons(model, some_circuit(model, ("head",)), prompts)
@@ -80,6 +167,22 @@ def test_errors(toy: Toy) -> None:
         tlnp.viz.kept_neurons(model, tlnp.Circuit.empty(find_nodes(model)), prompts)
     with pytest.raises((ValueError, IndexError), match="prompt 99 does not exist; there are 24"):
         tlnp.viz.kept_neurons(model, some_circuit(model), prompts, prompt=99)
+    with pytest.raises(ValueError, match="no pruned MLP neuron"):
+        tlnp.viz.pruned_neurons(model, tlnp.Circuit.full(find_nodes(model)), prompts)
+    with pytest.raises(ValueError, match="keeps no head"):
+        tlnp.viz.kept_heads(model, some_circuit(model, ("mlp",)), prompts)
+    circuit = some_circuit(model)
+    for view in (tlnp.viz.kept_neurons, tlnp.viz.pruned_neurons, tlnp.viz.kept_heads, tlnp.viz.token_effects):
+        with pytest.raises(TypeError, match="circuit must be a Circuit or a PruneResult, got str; Circuit.load"):
+            view(model, "circuit.safetensors", prompts)  # type: ignore[operator]
+        with pytest.raises(TypeError, match="prompts must be PromptPairs, got list"):
+            view(model, circuit, ["Mary"])  # type: ignore[operator]
+        with pytest.raises(ValueError, match="found on another model"):
+            view(other_model, circuit, prompts)  # type: ignore[operator]
+        with circuit.applied(model, prompts), pytest.raises(RuntimeError, match="a circuit is applied"):
+            view(model, circuit, prompts)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="most=0; it must be 1 or more"):
+        tlnp.viz.kept_heads(model, some_circuit(model), prompts, most=0)
     bad = tlnp.PromptPairs(prompts.clean + 500, prompts.corrupted, prompts.answers, prompts.wrong_answers)
     with pytest.raises(ValueError, match="clean holds token id .* vocabulary ends at 198"):
         tlnp.viz.kept_neurons(model, some_circuit(model), bad)
