@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tl_nodeprune import crosscheck, hypotheses, tasks, toy, viz
+from tl_nodeprune import crosscheck, hypotheses, mib, tasks, toy, viz
 from tl_nodeprune.ablation import Ablation
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import Evaluation, evaluate
@@ -20,14 +20,15 @@ from tl_nodeprune.nodes import GRANULARITIES
 from tl_nodeprune.objective import PaperObjective, kl_divergence
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.pruning import PruneResult, prune
+from tl_nodeprune.ranking import NodeScores, rank
 from tl_nodeprune.reporting import Report
 from tl_nodeprune.sweep import Sweep, sweep
 
 __version__ = "0.1.0"
 __all__ = [
-    "GRANULARITIES", "Ablation", "Circuit", "Evaluation", "HardConcrete", "NodeMasks", "PaperObjective", "PromptPairs", "PruneResult",
-    "Report", "StepGate", "Sweep", "add_node_masks", "crosscheck", "evaluate", "hypotheses", "kl_divergence", "prune", "remove_node_masks",
-    "report", "sweep", "tasks", "toy", "viz",
+    "GRANULARITIES", "Ablation", "Circuit", "Evaluation", "HardConcrete", "NodeMasks", "NodeScores", "PaperObjective", "PromptPairs",
+    "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "crosscheck", "evaluate", "hypotheses", "kl_divergence", "mib", "prune",
+    "rank", "remove_node_masks", "report", "sweep", "tasks", "toy", "viz",
 ]
 
 

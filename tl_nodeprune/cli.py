@@ -83,7 +83,7 @@ def _show_page(args: argparse.Namespace) -> None:
     _check_page(args.html)
     _check_task(args.task)
     circuit = Circuit.load(args.circuit)
-    model = _load(args.model, args.device)
+    model = load_model(args.model, args.device)
     circuit.check_fits(model)
     _write_page(args.html, model, circuit, _prompts(args, model), Path(args.task).stem, effects=not args.no_effects)
 
@@ -111,7 +111,7 @@ def _prune(args: argparse.Namespace) -> None:
     _check_task(args.task)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file; give a folder, which need not exist yet.")
-    model = _load(args.model, args.device)
+    model = load_model(args.model, args.device)
     train, test = _prompts(args, model).split(0.75, seed=args.seed)
     result, report = _find(model, train, test, max_kl=args.max_kl, ablation=args.ablation, granularities=args.granularities, seed=args.seed)
     _show(result, report)
@@ -135,7 +135,8 @@ def _prompts(args: argparse.Namespace, model: Any) -> PromptPairs:
     return right
 
 
-def _load(name: str, device: str) -> Any:
+def load_model(name: str, device: str) -> Any:
+    """A model by its Hugging Face name or folder, or the embedded one for "toy". Raises ValueError where the device cannot be used."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts

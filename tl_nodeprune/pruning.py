@@ -16,14 +16,14 @@ from tqdm.auto import tqdm
 
 from tl_nodeprune.ablation import batches
 from tl_nodeprune.circuit import Circuit, circuit_logits, full_logits
-from tl_nodeprune.hooks import check_ready, device_of, find_attachment
+from tl_nodeprune.hooks import device_of
 from tl_nodeprune.landscape import Budget, Landscape, Record, Snapshot
 from tl_nodeprune.masks import NodeMasks, masks_off
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.objective import LossFn, PaperObjective, Reference, kl_divergence
-from tl_nodeprune.preference import Sample, preference
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.stages import Stages
+from tl_nodeprune.survey import searchable, survey
 
 
 @dataclass(frozen=True)
@@ -184,32 +184,17 @@ def _count(max_nodes: float | int, total: int) -> int:
 
 
 def _ready(masks: NodeMasks, prompts: PromptPairs, start: Circuit | None) -> Any:
-    model = masks.model
-    if not isinstance(prompts, PromptPairs):
-        raise TypeError(f"prompts must be PromptPairs, got {type(prompts).__name__}; see PromptPairs.from_strings.")
-    attachment = find_attachment(model)
-    if attachment is None or attachment.owner is not masks:
-        raise RuntimeError("a circuit is applied to this model; leave its `with` block before pruning.")
-    if not attachment.active:
-        raise RuntimeError("the masks are switched off here; leave `with masks.inactive()` before pruning.")
+    model = searchable(masks, prompts)
     if start is not None and start.space.shapes != masks.space.shapes:
         raise ValueError(f"start is a circuit over other nodes, {', '.join(start.space.granularities)} in layers {start.space.layers}, "
                          f"than these masks ({', '.join(masks.space.granularities)} in layers {masks.space.layers}).")
-    check_ready(model)
-    prompts.check_fits(model)
     return model
 
 
 def _search(masks: NodeMasks, model: Any, prompts: PromptPairs, budget: Budget, record: Record, generator: torch.Generator, *,
             start: Circuit | None, steps: int, exact_tests: int, batch_size: int, step_prompts: int, cache_bytes: int) -> _Found:
-    by_kl, space = budget.loss is kl_divergence, masks.space
     with masks.inactive():
-        ablation = masks.asked_ablation.fit(model, prompts, space.hooks, batch_size=batch_size)
-        pairs = preference(model, prompts, batch_size) if by_kl else None
-        sample = pairs.sample() if pairs else Sample.of(prompts)
-        hooks = tuple(dict.fromkeys(key.hook for key in space.free()))
-        reference = Reference(model, sample.prompts, ablation, hooks, batch_size=batch_size, cache_bytes=cache_bytes)
-        landscape = Landscape(space, reference, budget, sample.groups)
+        landscape, sample, pairs = survey(masks, prompts, budget, batch_size=batch_size, cache_bytes=cache_bytes)
         stages = Stages(landscape, sample, step_prompts=step_prompts, generator=generator, record=record)
         minimal = stages.run(steps=steps, exact_tests=exact_tests, start=start)
         masks.ablation = stages.best.ablation

@@ -1,0 +1,135 @@
+"""CPR and CMD (MIB, arXiv:2504.13151): our rankings beside attribution, integrated gradients, magnitude and chance, on held-out prompts.
+
+`python tests/benchmarks/mib.py --out DIR` writes results.json after each measurement and table.md at the end. What DIR holds already is not
+run again. The stories3M tasks need TL_NODEPRUNE_MODELS.
+
+Half of the prompts that the full model answers right to score on, the others to judge on; the same split for every method. Two levels:
+"neuron", every leaf node (head dims, MLP neurons, MLP output dims), and "node", heads and MLP blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+sys.path[:0] = [str(Path(__file__).resolve().parent)] if str(Path(__file__).resolve().parent) not in sys.path else []
+
+import baselines  # noqa: E402
+import frontier  # noqa: E402
+import report  # noqa: E402
+
+import tl_nodeprune as tlnp  # noqa: E402
+from tl_nodeprune.landscape import Landscape  # noqa: E402
+
+LEVELS: dict[str, tuple[str, ...] | None] = {"neuron": None, "node": ("head", "mlp")}
+OURS = {"ours, KL": tlnp.kl_divergence, "ours, distance (for CMD)": tlnp.mib.distance, "ours, shortfall (for CPR)": tlnp.mib.shortfall}
+
+
+def signed(points: tuple[float, ...]) -> Callable[[Landscape], Tensor]:
+    return lambda land: baselines.gradient(land, baselines.lost_logit_diff, points)
+
+
+SCORES: dict[str, Callable[[Landscape], Tensor]] = {
+    **{name: score for name, score in baselines.SCORES.items() if name != "magnitude, weight norm"},
+    "attribution, logit diff, at the full model, signed": signed(baselines.FULL),
+    "attribution, logit diff, at the ablated run, signed": signed(baselines.ABLATED),
+    "attribution, logit diff, integrated, signed": signed(baselines.PATH),
+}
+
+
+def measure(task: str, level: str, seed: int, options: argparse.Namespace, add: Callable[..., None], done: set[str]) -> None:
+    """Every method on one task, level and seed that is not `done`."""
+    model, prompts = frontier.load(task, options.toy_prompts)
+    train, test = prompts.split(0.5, seed=seed)
+
+    def judge(method: str, make: Callable[[], tlnp.NodeScores]) -> None:
+        if method in done:
+            return
+        start = time.process_time()
+        scores = make()
+        seconds = time.process_time() - start
+        curve, own = (tlnp.mib.evaluate(model, scores, which) for which in (test, train))
+        add(task=task, level=level, seed=seed, method=method, cpr=curve.cpr, cmd=curve.cmd, f=curve.f, nodes=curve.nodes, train_cpr=own.cpr,
+            train_cmd=own.cmd, train_f=own.f, seconds=seconds, scored_on=len(train), judged_on=len(test))
+
+    with frontier.attached(model, LEVELS[level]) as masks:
+        with masks.inactive():
+            land = baselines.landscape(masks, train)
+            for method, score in SCORES.items():
+                if level == "neuron" or not method.startswith("magnitude"):  # of single neurons
+                    judge(method, lambda score=score: tlnp.NodeScores.from_flat(score(land), land.space))  # type: ignore[misc]
+            for draw in range(options.draws):
+                lot = torch.rand(land.n, generator=torch.Generator().manual_seed(100 * seed + draw))
+                judge(f"random {draw}", lambda lot=lot: tlnp.NodeScores.from_flat(lot, land.space))  # type: ignore[misc]
+        for method, loss in OURS.items():
+            judge(method, lambda loss=loss: tlnp.rank(masks, train, loss=loss, steps=options.steps, seed=seed, progress=False))  # type: ignore[misc]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """CPR and CMD by method, the two figures to reach, and what bounds them."""
+    frame = pd.DataFrame(rows)
+    frame["method"] = frame["method"].str.replace(r"^random \d+$", "random, mean", regex=True)
+    parts = []
+    for (task, level), some in frame.groupby(["task", "level"], sort=False):
+        means = some.groupby("method", sort=False)[["cmd", "cpr", "train_cmd", "train_cpr", "seconds"]].mean().round(4)
+        others, ours = (means[means.index.str.startswith(kind)] for kind in ("attribution", "ours"))
+        floor = some.groupby("seed")["f"].agg(lowest_cmd).mean()
+        parts += [f"## {task}, {level} level, seeds {some['seed'].unique().tolist()}\n", report.markdown(means.reset_index()),
+                  f"CMD, ours / best attribution: {ours['cmd'].min() / others['cmd'].min():.2f} (to reach: 0.5). Were f at each size the "
+                  f"highest of any method here, up to 1: {floor:.4f}, {floor / others['cmd'].min():.2f} of the best attribution's.\n",
+                  f"CPR, ours and best attribution: {ours['cpr'].max():.3f}, {others['cpr'].max():.3f} (to reach: above it).\n"]
+    return "\n".join(parts)
+
+
+def lowest_cmd(curves: pd.Series[Any]) -> float:
+    """The CMD of a ranking that has at each size the highest f of all, but never more than 1."""
+    return tlnp.mib.area(tlnp.mib.SIZES, [max(1 - max(at), 0.0) for at in zip(*curves, strict=True)])
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", default=[*frontier.TOYS, "stories3M/ioi6", "stories3M/pronoun_name"],
+                        choices=[*frontier.TOYS, *frontier.STORIES], metavar="TASK")
+    parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=list(LEVELS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=60, help="of our searches, per size")
+    parser.add_argument("--toy-prompts", type=int, default=200, help="of each task of the embedded model")
+    parser.add_argument("--draws", type=int, default=3, help="random rankings")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "results.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+
+    def add(**row: Any) -> None:
+        rows.append(row)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+        print(f"{row['task']} {row['level']} {row['method']}: CMD {row['cmd']:.4f} CPR {row['cpr']:.4f}", flush=True)
+
+    for task in options.tasks:
+        if task in frontier.STORIES and not os.environ.get("TL_NODEPRUNE_MODELS"):
+            print(f"TL_NODEPRUNE_MODELS is not set: {task} is left out.", flush=True)
+            continue
+        for level in options.levels:
+            for seed in options.seeds:
+                done = {row["method"] for row in rows if (row["task"], row["level"], row["seed"]) == (task, level, seed)}
+                measure(task, level, seed, options, add, done)
+    (options.out / "table.md").write_text(table(rows))
+    print(table(rows))
+    return options.out
+
+
+if __name__ == "__main__":
+    main()

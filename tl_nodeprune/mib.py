@@ -1,0 +1,132 @@
+"""The Mechanistic Interpretability Benchmark's measures of node scores, CPR and CMD (arXiv:2504.13151), and its file format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.effects import Effects
+from tl_nodeprune.hooks import check_ready, find_nodes
+from tl_nodeprune.masks import masks_off
+from tl_nodeprune.mib_format import read, write
+from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.ranking import SIZES, NodeScores, check_sizes
+from tl_nodeprune.runs import Runs
+
+__all__ = ["SIZES", "FaithfulnessCurve", "area", "distance", "evaluate", "read", "shortfall", "write"]
+
+
+def distance(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
+    """A loss for `rank` that leads to a low CMD: `(d_circuit - d_full)^2`, d the logit difference; logits squared."""
+    return (prompts.logit_diff(logits) - prompts.logit_diff(full)).pow(2)
+
+
+def shortfall(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
+    """A loss for `rank` that leads to a high CPR: `d_full - d_circuit`, d the logit difference; logits."""
+    return prompts.logit_diff(full) - prompts.logit_diff(logits)
+
+
+@dataclass(frozen=True)
+class FaithfulnessCurve:
+    """How much of the task the best nodes do, size by size: `f(k) = (m(C_k) - m(0)) / (m(full) - m(0))`.
+
+    m: the mean logit difference over prompts, logits; C_k: the share k of the nodes with the highest scores, all others ablated; 0: all
+    nodes ablated. f may be below 0 and above 1. sizes: k; nodes: how many; f: f(k).
+    full, ablated: m(full), m(0). ablation, n_prompts: what it holds for.
+    """
+
+    sizes: tuple[float, ...]
+    nodes: tuple[int, ...]
+    f: tuple[float, ...]
+    full: float
+    ablated: float
+    ablation: str
+    n_prompts: int
+
+    @property
+    def cpr(self) -> float:
+        """Integrated circuit performance ratio: the area under f over k, by trapezoids. Higher is better, 1 is no bound."""
+        return area(self.sizes, self.f)
+
+    @property
+    def cmd(self) -> float:
+        """Integrated circuit-model distance: the area of |1 - f| over k, by trapezoids. 0 is best."""
+        return area(self.sizes, [abs(1 - f) for f in self.f])
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per size: size (share), nodes, f."""
+        return pd.DataFrame({"size": self.sizes, "nodes": self.nodes, "f": self.f})
+
+    def __repr__(self) -> str:
+        curve = ", ".join(f"{size:.1%}: {f:.3f}" for size, f in zip(self.sizes, self.f, strict=True))
+        return (f"FaithfulnessCurve(CPR {self.cpr:.4f}, CMD {self.cmd:.4f}; f at {curve}; {self.n_prompts} prompts, "
+                f"{self.ablation} ablation)")
+
+
+def area(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The area under a curve given at sizes, linear in between and in the size itself, from the first size to the last."""
+    points = list(zip(sizes, values, strict=True))
+    return sum((right - left) * (a + b) / 2 for (left, a), (right, b) in zip(points, points[1:], strict=False))
+
+
+def evaluate(model: Any, scores: NodeScores | Effects | Mapping[str, Tensor], prompts: PromptPairs, *, sizes: Sequence[float] = SIZES,
+             ablation: Ablation | None = None, batch_size: int = 64, progress: bool = False) -> FaithfulnessCurve:
+    """Run the best nodes by their scores at each of the board's sizes; see `FaithfulnessCurve`.
+
+    scores: of `rank`, or effects of `crosscheck` (what helps ranks first), or any mapping hook name -> scores [head d_head] or [head] for
+        hook_z, [d_mlp], [d_model], []: what no key names is kept at every size. Higher is better; of equal scores the first come first.
+    ablation: None: the scores' own, "interchange" for other mappings. sizes: shares of the nodes, ascending, the last one 1.
+
+    Raises: ValueError for scores that are not of this model's nodes or not finite, prompts that do not fit it, sizes, and a metric that is
+    the same with every node ablated; RuntimeError where a circuit is applied or the model is in training mode with dropout.
+    """
+    check_sizes(sizes)
+    with masks_off(model):
+        check_ready(model)
+        found = as_scores(model, scores)
+        prompts.check_fits(model)
+        used = (ablation or found.ablation).fit(model, prompts, found.space.hooks, batch_size=batch_size)
+        runs = Runs(model, prompts, found.space, used, batch_size=batch_size, progress=progress)
+        circuits = [Circuit.empty(found.space), *(found.top(float(size)) for size in sizes)]
+        means = runs(circuits, total=len(circuits), desc="sizes").score.mean(1).tolist()
+    full, ablated = float(runs.full.score.mean()), means[0]
+    if abs(full - ablated) <= runs.resolution:
+        raise ValueError(f"the metric is constant: the logit difference is {full:.4g} for the full model and {ablated:.4g} with every node "
+                         f"ablated ({used.name}), so there is no share of it to measure. Are these the right corrupted prompts?")
+    f = tuple((mean - ablated) / (full - ablated) for mean in means[1:])
+    return FaithfulnessCurve(tuple(sizes), tuple(found.count(float(size)) for size in sizes), f, full, ablated, used.name, len(prompts))
+
+
+def as_scores(model: Any, scores: NodeScores | Effects | Mapping[str, Tensor]) -> NodeScores:
+    """Any mapping hook name -> scores as NodeScores of this model. Raises ValueError where it does not have these nodes."""
+    if isinstance(scores, Effects):
+        scores = NodeScores.from_effects(scores)
+    have = find_nodes(model)
+    if not isinstance(scores, NodeScores):
+        gates = {_key_of(hook, tensor, have.present): tensor for hook, tensor in scores.items()}
+        if not gates:
+            raise ValueError("scores is empty; give a mapping of hook names to scores, as `rank` returns it.")
+        return NodeScores(gates, replace(have, shapes={key: shape for key, shape in have.present.items() if key in gates}))
+    for key, shape in scores.space.shapes.items():
+        if have.present.get(key) != shape:
+            raise ValueError(f"these scores are of another model ({scores.space.model_name or 'unnamed'}): they are for {key.hook} with "
+                             f"{key.granularity} nodes {list(shape)}, this model has "
+                             f"{list(have.present[key]) if key in have.present else 'none there'}.")
+    return scores
+
+
+def _key_of(hook: str, tensor: Tensor, present: Mapping[GateKey, tuple[int, ...]]) -> GateKey:
+    here = {key: shape for key, shape in present.items() if key.hook == hook}
+    for key, shape in here.items():
+        if tuple(tensor.shape) == shape:
+            return key
+    raise ValueError(f"scores for {hook!r} are {list(tensor.shape)}; this model has "
+                     f"{' or '.join(f'{key.granularity} nodes {list(shape)}' for key, shape in here.items()) or 'no nodes'} there.")

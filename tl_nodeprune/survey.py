@@ -1,0 +1,47 @@
+"""What a search and a ranking start from: attached masks that are checked, the prompts to search on, the landscape over them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from tl_nodeprune.hooks import check_ready, find_attachment
+from tl_nodeprune.landscape import Budget, Landscape
+from tl_nodeprune.masks import NodeMasks
+from tl_nodeprune.objective import Reference, kl_divergence
+from tl_nodeprune.preference import Preference, Sample, preference
+from tl_nodeprune.prompts import PromptPairs
+
+
+def searchable(masks: NodeMasks, prompts: PromptPairs) -> Any:
+    """The model of masks that a search can use. Raises what `prune` says it raises for masks and prompts."""
+    model = masks.model
+    if not isinstance(prompts, PromptPairs):
+        raise TypeError(f"prompts must be PromptPairs, got {type(prompts).__name__}; see PromptPairs.from_strings.")
+    attachment = find_attachment(model)
+    if attachment is None or attachment.owner is not masks:
+        raise RuntimeError("a circuit is applied to this model; leave its `with` block before pruning.")
+    if not attachment.active:
+        raise RuntimeError("the masks are switched off here; leave `with masks.inactive()` before pruning.")
+    check_ready(model)
+    prompts.check_fits(model)
+    return model
+
+
+class Survey(NamedTuple):
+    """landscape: over all free nodes; sample: the prompts to search on, of one direction or both; pairs: what the full model does on the
+    prompts given, None for a loss of one's own."""
+
+    landscape: Landscape
+    sample: Sample
+    pairs: Preference | None
+
+
+def survey(masks: NodeMasks, prompts: PromptPairs, budget: Budget, *, batch_size: int, cache_bytes: int) -> Survey:
+    """Fit the ablation, run the full model, keep the stand-ins. Call it with the masks inactive."""
+    model, space = masks.model, masks.space
+    ablation = masks.asked_ablation.fit(model, prompts, space.hooks, batch_size=batch_size)
+    pairs = preference(model, prompts, batch_size) if budget.loss is kl_divergence else None
+    sample = pairs.sample() if pairs else Sample.of(prompts)
+    hooks = tuple(dict.fromkeys(key.hook for key in space.free()))
+    reference = Reference(model, sample.prompts, ablation, hooks, batch_size=batch_size, cache_bytes=cache_bytes)
+    return Survey(Landscape(space, reference, budget, sample.groups), sample, pairs)
