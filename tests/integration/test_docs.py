@@ -76,10 +76,10 @@ def documented() -> set[int]:
     return shown
 
 
-@pytest.mark.parametrize("module", [tlnp, tlnp.crosscheck, tlnp.viz], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [tlnp, tlnp.crosscheck, tlnp.mib, tlnp.viz], ids=lambda module: module.__name__)
 def test_every_public_name_is_in_the_reference(module: ModuleType) -> None:
     shown = documented()
-    constants = {"GRANULARITIES", "COARSE"}
+    constants = {"GRANULARITIES", "COARSE", "SIZES"}
     missing = [name for name in module.__all__ if name not in constants and id(getattr(module, name)) not in shown]
     assert not missing, f"docs/reference has no ::: for {', '.join(missing)} of {module.__name__}"
 
