@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.effects import Effects
-from tl_nodeprune.nodes import GateKey, spread
+from tl_nodeprune.nodes import GateKey, node_name, spread
 
 _SHOWN, _FLOOR = 8, 1e-3
 
@@ -29,7 +30,7 @@ class NodeScore:
     @property
     def name(self) -> str:
         """As "head 9.6": granularity, layer, index."""
-        return f"{self.granularity} {'.'.join(map(str, (self.layer, *self.index)))}"
+        return node_name(self.granularity, self.layer, *self.index)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.score:+.3g})"
@@ -186,8 +187,12 @@ def _figures(size: Tensor, kept: Tensor) -> tuple[tuple[float, float, float], st
     least = size.sort(descending=True).values[k - 1]
     surely, tied = size > least, size == least
     hits = float((kept & surely).sum()) + float((kept & tied).sum()) * (k - int(surely.sum())) / int(tied.sum())
-    above = stats.mannwhitneyu(size[kept], size[~kept]).statistic
-    return (float(stats.spearmanr(size, kept).statistic), hits / k, float(above) / (k * (n - k))), ""
+    return (float(stats.spearmanr(size, kept).statistic), hits / k, auroc(size, kept)), ""
+
+
+def auroc(size: Float[Tensor, "node"], kept: Bool[Tensor, "node"]) -> float:
+    """The chance that a kept node is of larger size than a cut one, ties half; there must be both."""
+    return float(stats.mannwhitneyu(size[kept], size[~kept]).statistic) / (int(kept.sum()) * int((~kept).sum()))
 
 
 def _listed(what: str, nodes: tuple[NodeScore, ...]) -> list[str]:

@@ -45,6 +45,11 @@ class GateKey(NamedTuple):
         return f"blocks.{self.layer}.{HOOKS[self.granularity]}"
 
 
+def node_name(granularity: str, layer: int, *index: int) -> str:
+    """As "head 9.6": granularity, layer, index within the layer."""
+    return f"{granularity} {'.'.join(map(str, (layer, *index)))}"
+
+
 @dataclass(frozen=True)
 class NodeSpace:
     """The nodes of a model, gated and not: shapes by (granularity, layer), and what it takes to count parameters.

@@ -43,9 +43,10 @@ class PruneResult:
 
     converged: whether the budget is met, measured so, and the full model does the task on these prompts. p_value: of the test that it
     does (see `Preference.p_value`); NaN where none was made. minimal: whether exact tests found that no single head, block or
-    node can be left out within the budget; False where they were cut short by `exact_tests`. gap: 1 + what a
-    circuit of this size, searched on three quarters of the pairs, has more in KL on the others than on its own, over this circuit's
-    KL (NaN where not measured: fewer than 16 pairs). About `kl * gap` is to be expected on fresh prompts. seconds: wall time.
+    node can be left out within the budget; False where they were cut short by `exact_tests`. gap: 1 + what
+    circuits of this size, each searched on three quarters of the pairs, have more in KL on the others than on their own (mean of four),
+    over this circuit's KL (NaN where not measured: fewer than 16 pairs). About `kl * gap` is to be expected on fresh prompts. seconds:
+    wall time.
     peak_memory: bytes, the process's peak on CPU (since its start; 0 on Windows), the allocator's on CUDA (since the search began).
     """
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.landscape import Budget, Landscape, Record, Snapshot
+from tl_nodeprune.landscape import Landscape, Record, Snapshot
 
 START_SHARES = (0.5, 0.25, 0.12, 0.06, 0.03)
 PATH = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85)
@@ -109,12 +109,11 @@ class Search:
         order = self._top(k, self.scores) * self.path_gradient.abs().max() * 2 + self.path_gradient.abs()
         return self._bisect(order, k, self.landscape.n, rows)
 
-    def cut(self, budget: Budget) -> Snapshot:
-        """The smallest circuit within another budget by the scores of the best circuit, or the last scores where there was none."""
-        self.budget, scores = budget, self.scores
-        if self.best is not None and self.best.scores is not None:
-            self.landscape.restore(self.best.ablation)
-            scores = self.best.scores
+    def cut(self) -> Snapshot:
+        """The smallest circuit within the landscape's budget as it is now, by the scores of the best circuit, or the last scores where
+        there was none."""
+        scores = self.best.scores if self.best else self.scores
+        assert scores is not None
         return self._bisect(scores, 0, self.landscape.n, self.everything)
 
     def _trim(self, best: Snapshot) -> Snapshot:

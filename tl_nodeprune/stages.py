@@ -76,9 +76,8 @@ class Stages:
         those generalise better than nodes opened one by one."""
         if self.budget.max_size is not None:
             return False
-        cut = search.cut(self.landscape.budget)
-        better = self.landscape.budget.better(cut, self.best)
-        if better:
+        cut = search.cut()
+        if better := self.landscape.budget.better(cut, self.best):
             self.best = cut
         return better
 

@@ -69,17 +69,19 @@ def attached(model: Any, granularities: tuple[str, ...] | None = None) -> Iterat
 
 
 class Bench:
-    """One task and seed: the methods, each measured on the same held-out prompts and added to the results."""
+    """One task and seed: the methods, each measured on the same held-out prompts and added to the results.
 
-    def __init__(self, results: Results, task: str, seed: int, options: argparse.Namespace) -> None:
-        self.results, self.task, self.seed, self.options = results, task, seed, options
+    search_seeds: of more searches of ours on the same split.
+    """
+
+    def __init__(self, results: Results, task: str, seed: int, options: argparse.Namespace, search_seeds: list[int]) -> None:
+        self.results, self.task, self.seed, self.options, self.search_seeds = results, task, seed, options, search_seeds
         self.model, prompts = load(task, options.toy_prompts)
         self.train, self.test = prompts.split(0.5, seed=seed)
         self.space = find_nodes(self.model).restrict()
 
-    def run(self, search_seeds: list[int]) -> None:
-        """The parts asked for, in this order. search_seeds: of the searches again on the same split."""
-        self.search_seeds = search_seeds
+    def run(self) -> None:
+        """The parts asked for, in their order."""
         for part, method in self.PARTS.items():
             if part in self.options.parts:
                 method(self)
@@ -232,7 +234,7 @@ def main(arguments: list[str] | None = None) -> Path:
         for task in tasks:
             start = time.perf_counter()
             more = 1 if options.quick else 2
-            Bench(results, task, seed, options).run([seed + i + 1 for i in range(more)] if seed == first else [])
+            Bench(results, task, seed, options, [seed + i + 1 for i in range(more)] if seed == first else []).run()
             report.write(results)
             print(f"{task} seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
         run_planted(results, seed, options)

@@ -11,6 +11,7 @@ import tl_nodeprune as tlnp
 from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.landscape import Budget, Landscape, Quadratic
 from tl_nodeprune.objective import Reference, fisher_probes
+from tl_nodeprune.search import Search
 
 Toy = tuple[Any, tlnp.PromptPairs]
 
@@ -80,3 +81,17 @@ def test_units_are_the_leaves_below_each_coarse_gate(frozen_toy: Toy) -> None:
     heads, attns, mlps, layers = 12 * [24], 3 * [96], 3 * [480], 3 * [576]
     assert sizes == sorted(heads + attns + mlps + layers)
     assert landscape_of(frozen_toy, ("attn_neuron",)).units() == []
+
+
+def test_a_search_cut_anew_meets_another_budget_by_the_scores_it_was_cut_from(frozen_toy: Toy) -> None:
+    landscape, rows = landscape_of(frozen_toy, ("head", "mlp")), torch.arange(len(frozen_toy[1]))
+    landscape.budget = Budget(max_loss=1.0)
+    search = Search(landscape, rows, steps=12, step_prompts=64, generator=torch.Generator().manual_seed(0), record=lambda *_: None)
+    loose = search.run()
+    landscape.budget = Budget(max_loss=loose.loss / 4)
+    assert search.best is not None and landscape.snapshot(loose.kept, rows).violation > 1
+    scores, cut = search.best.scores, search.cut()
+    assert scores is not None and cut.violation <= 1 and cut.size > loose.size
+    fewer = torch.zeros_like(cut.kept)
+    fewer[scores.topk(cut.size - 1).indices] = True
+    assert bool((fewer <= cut.kept).all()) and landscape.snapshot(fewer, rows).violation > 1

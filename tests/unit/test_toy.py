@@ -24,3 +24,9 @@ def test_held_out_accuracy(toy: Toy, task: str) -> None:
 
 def test_weights_are_small_enough_to_ship() -> None:
     assert (tlnp.toy.FOLDER / "model.safetensors").stat().st_size <= 4 * 2**20
+
+
+def test_it_goes_by_its_own_name(toy: Toy) -> None:
+    space = tlnp.add_node_masks(toy[0], ["head"]).space
+    tlnp.remove_node_masks(toy[0])
+    assert space.model_name == tlnp.toy.NAME != "gpt2"

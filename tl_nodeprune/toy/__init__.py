@@ -13,6 +13,7 @@ from tl_nodeprune import tasks
 from tl_nodeprune.prompts import PromptPairs
 
 FOLDER = Path(__file__).parent
+NAME = "tl_nodeprune-toy"
 CONFIG = partial(
     GPT2Config, n_layer=3, n_head=4, n_embd=96, n_positions=32, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
     bos_token_id=0, eos_token_id=0, tie_word_embeddings=True,
@@ -47,6 +48,7 @@ def _bridge(hf: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     model = TransformerBridge.boot_transformers("gpt2", hf_model=hf, tokenizer=tokenizer, device="cpu")
+    model.cfg.model_name = NAME  # booted under the name of an architecture that it is not
     return model.eval()
 
 
@@ -57,7 +59,7 @@ def _hooked(hf: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> Any:
     c = hf.config
     cfg = HookedTransformerConfig(
         n_layers=c.n_layer, d_model=c.n_embd, n_heads=c.n_head, d_head=c.n_embd // c.n_head, d_mlp=4 * c.n_embd, n_ctx=c.n_positions,
-        d_vocab=c.vocab_size, act_fn="gelu_new", eps=c.layer_norm_epsilon, normalization_type="LN", model_name="tl_nodeprune-toy",
+        d_vocab=c.vocab_size, act_fn="gelu_new", eps=c.layer_norm_epsilon, normalization_type="LN", model_name=NAME,
         device="cpu",
     )
     model = HookedTransformer(cfg, tokenizer=tokenizer)

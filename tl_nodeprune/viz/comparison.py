@@ -10,10 +10,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.nodes import GateKey, node_name
 from tl_nodeprune.pruning import PruneResult
 from tl_nodeprune.viz.maps import PRUNED, head_shares, live_scale
-from tl_nodeprune.viz.values import TITLES, circuit_of, colorbar, height, name_of, title
+from tl_nodeprune.viz.values import TITLES, circuit_of, colorbar, height, title
 
 _COLOURS = (PRUNED, "#4C78A8", "#F58518", "#54A24B")  # the last three from plotly.colors.qualitative.T10
 
@@ -55,7 +55,7 @@ def _add_heads(fig: go.Figure, a: Circuit, b: Circuit, names: tuple[str, str], c
     assert one is not None and two is not None
     which = np.where(np.isnan(one), np.nan, (one > 0) + 2.0 * (two > 0))
     words = ("in neither", f"only in {names[0]}", f"only in {names[1]}", "in both")
-    told = [["" if np.isnan(v) else f"{name_of('head', layer, i)}: {words[int(v)]}" for i, v in enumerate(row)]
+    told = [["" if np.isnan(v) else f"{node_name('head', layer, i)}: {words[int(v)]}" for i, v in enumerate(row)]
             for layer, row in zip(a.space.layers, which, strict=True)]
     steps = [[edge / 4, colour] for i, colour in enumerate(_COLOURS) for edge in (i, i + 1)]
     fig.add_trace(go.Heatmap(z=which, x=[str(i) for i in range(which.shape[1])], hovertext=told, name="heads", showscale=False, zmin=0,

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import torch
 from plotly.colors import qualitative
 from plotly.subplots import make_subplots
-from scipy import stats
 
+from tl_nodeprune.agreement import auroc
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.pruning import PruneResult
 from tl_nodeprune.sweep import Sweep
@@ -138,8 +139,8 @@ def _sweep_points(sweep: Sweep) -> pd.DataFrame:
 
 
 def _auroc(nodes: pd.DataFrame) -> str:
-    kept, cut = nodes.loc[nodes["live"], "effect"].abs(), nodes.loc[~nodes["live"], "effect"].abs()
-    if kept.empty or cut.empty:
-        return f"undefined, since {'none' if kept.empty else 'all'} of them are kept"
-    area = stats.mannwhitneyu(kept, cut).statistic / (len(kept) * len(cut))
-    return f"{np.round(area, 3):g} ({len(kept):,} kept, {len(cut):,} pruned)"
+    kept = int(nodes["live"].sum())
+    if kept in (0, len(nodes)):
+        return f"undefined, since {'all' if kept else 'none'} of them are kept"
+    area = auroc(torch.tensor(nodes["effect"].to_numpy()).abs(), torch.tensor(nodes["live"].to_numpy()))
+    return f"{np.round(area, 3):g} ({kept:,} kept, {len(nodes) - kept:,} pruned)"

@@ -9,9 +9,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.nodes import GateKey, node_name
 from tl_nodeprune.pruning import PruneResult
-from tl_nodeprune.viz.values import DIVERGING, Values, check_values, circuit_of, colorbar, effect_of, heading, height, name_of, score_of
+from tl_nodeprune.viz.values import DIVERGING, Values, check_values, circuit_of, colorbar, effect_of, heading, height, score_of
 
 _WIDTHS = 5
 _SPINE = "rgba(128,128,128,0.7)"
@@ -32,7 +32,7 @@ class _Unit:
 
     @property
     def name(self) -> str:
-        return name_of(*self.key, *self.index)
+        return node_name(*self.key, *self.index)
 
 
 def circuit_graph(circuit: Circuit | PruneResult, *, scores: Values | None = None, effects: Values | None = None,

@@ -14,7 +14,7 @@ from plotly.colors import sequential
 from plotly.subplots import make_subplots
 
 from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.nodes import GateKey, node_name
 from tl_nodeprune.pruning import PruneResult
 from tl_nodeprune.viz.values import (
     DIVERGING,
@@ -28,7 +28,6 @@ from tl_nodeprune.viz.values import (
     heading,
     height,
     hover,
-    name_of,
     nodes_frame,
     score_of,
 )
@@ -139,7 +138,7 @@ def _share_text(circuit: Circuit, key: GateKey, scores: Values | None, effects: 
         return f"{key.granularity} {key.layer}: not gated"
     live = circuit.live(*key)
     if not live.ndim:
-        return f"{name_of(*key)}: {'live' if live else 'pruned'}{_values_texts(circuit, key, scores, effects)[0]}"
+        return f"{node_name(*key)}: {'live' if live else 'pruned'}{_values_texts(circuit, key, scores, effects)[0]}"
     return f"layer {key.layer}: {int(live.sum()):,} of {live.numel():,} {TITLES[key.granularity]} live ({float(live.float().mean()):.1%})"
 
 
@@ -147,8 +146,8 @@ def _head_texts(circuit: Circuit, layer: int, n: int, scores: Values | None, eff
     hook, key = f"blocks.{layer}.attn.hook_z", GateKey("head", layer)
     mask = circuit[hook] if hook in circuit else torch.zeros(0, 1)
     values = _values_texts(circuit, key, scores, effects) if key in circuit.space.shapes else [""] * n
-    known = [f"{name_of(*key, i)}: {int(dims.sum())} of {len(dims)} dims live{values[i]}" for i, dims in enumerate(mask)]
-    return known + [f"{name_of(*key, i)}: not gated" for i in range(len(known), n)]
+    known = [f"{node_name(*key, i)}: {int(dims.sum())} of {len(dims)} dims live{values[i]}" for i, dims in enumerate(mask)]
+    return known + [f"{node_name(*key, i)}: not gated" for i in range(len(known), n)]
 
 
 def _values_texts(circuit: Circuit, key: GateKey, scores: Values | None, effects: Values | None) -> list[str]:

@@ -105,11 +105,6 @@ def _is_flat(value: Tensor, ndim: int) -> bool:
     return torch.equal(spread(value.flatten(ndim)[..., :1].squeeze(-1), value.ndim).expand_as(value), value)
 
 
-def name_of(granularity: str, layer: int, *index: int) -> str:
-    """As "head 9.6": granularity, layer, index."""
-    return f"{granularity} {'.'.join(map(str, (layer, *index)))}"
-
-
 def nodes_frame(circuit: Circuit, granularity: str, *, scores: Values | None, effects: Values | None) -> pd.DataFrame:
     """All nodes of one granularity: layer, flat (index within the layer), i0, i1 … (the index by dim), live, score, effect."""
     parts = [_part(circuit, key, scores, effects) for key in sorted(circuit.space.shapes, key=lambda k: k.layer)
