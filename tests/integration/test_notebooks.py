@@ -81,20 +81,26 @@ def test_badges_and_installs_name_one_repository() -> None:
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the short runs run."""
+    return tmp_path_factory.mktemp("notebooks")
+
+
+@pytest.fixture(scope="module")
+def kernel(folder: Path) -> Iterator[Any]:
     """One kernel for all short runs: to start one and import torch takes longer than they do."""
     manager = pytest.importorskip("jupyter_client", reason="nbclient and ipykernel are not installed; they are in the dev extra")
     pytest.importorskip("nbclient", reason="nbclient is not installed; it is in the dev extra")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed; it is in the dev extra")
     started = manager.KernelManager(kernel_name="python3")
-    started.start_kernel(cwd=str(tmp_path_factory.mktemp("notebooks")))
+    started.start_kernel(cwd=str(folder))
     yield started
     started.shutdown_kernel(now=True)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_with_short_searches(path: Path, kernel: Any) -> None:
+def test_notebook_runs_with_short_searches(path: Path, kernel: Any, folder: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
 
@@ -106,6 +112,9 @@ def test_notebook_runs_with_short_searches(path: Path, kernel: Any) -> None:
     figures = [data for cell in notebook.cells for output in cell.get("outputs", [])
                if "application/vnd.plotly.v1+json" in (data := output.get("data", {})) or "circuitsvis" in data.get("text/plain", "")]
     assert figures or path.stem.startswith("06")
+    ignored = re.findall(r"^/demos/(.+)$", (DEMOS.parent / ".gitignore").read_text(encoding="utf-8"), re.MULTILINE)
+    left = [file.name for file in folder.iterdir() if not any(file.match(pattern) for pattern in ignored)]
+    assert not left, f"run in demos/ it leaves {', '.join(left)}, which .gitignore does not ignore"
 
 
 @pytest.mark.slow
