@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 DEMOS = Path(__file__).parents[2] / "demos"
 NOTEBOOKS = sorted(DEMOS.glob("*.ipynb"))
-BADGE = re.compile(r"\(https://colab\.research\.google\.com/github/([\w-]+/[\w-]+)/blob/main/demos/([\w]+)\.ipynb\)")
+BADGE = re.compile(r"\(https://colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/demos/([\w]+)\.ipynb\)")
 SHORT = """
 import functools
 import tl_nodeprune as tlnp
@@ -74,10 +75,14 @@ def test_notebook_has_a_title_a_badge_and_a_switch_to_gpt2(path: Path) -> None:
     assert "gpt2" in (code := "".join(first["source"])) and re.search(r"^MODEL = ", code, re.MULTILINE)
 
 
-def test_badges_and_installs_name_one_repository() -> None:
-    text = "".join(path.read_text(encoding="utf-8") for path in NOTEBOOKS)
-    named = {match[1] for match in BADGE.finditer(text)} | set(re.findall(r"git\+https://github\.com/([\w-]+/[\w-]+)", text))
-    assert len(named) == 1
+def test_badges_and_installs_name_the_repository_of_pyproject() -> None:
+    tool = runpy.run_path(str(DEMOS.parent / "docs" / "tools" / "repository.py"))
+    home = tool["repository"]((DEMOS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    for path in NOTEBOOKS:
+        text = path.read_text(encoding="utf-8")
+        assert tool["named"](text) == {home} and len(tool["PLACES"].findall(text)) == 2, f"{path.name}: run docs/tools/repository.py"
+    with pytest.raises(ValueError, match="pyproject.toml has no Repository = "):
+        tool["repository"]("[project]")
 
 
 @pytest.fixture(scope="module")
