@@ -32,5 +32,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Links to notebooks, right in the repository, made right for the site, where demos/ lies beside the pages."""
+    """Links to notebooks, right in the repository, made right for the site, where demos/ lies beside the pages.
+
+    Pages that are a section of their own get the room of its empty navigation.
+    """
+    if page.parent is None and not page.url.startswith("demos/"):
+        page.meta["hide"] = ["navigation"]
     return re.sub(r"\]\(\.\./((?:\.\./)*demos/)", r"](\1", markdown)
