@@ -72,9 +72,9 @@ class Stages:
         self.landscape.budget = replace(self.budget, max_loss=self.budget.max_loss * room)
 
     def _found_by_scores(self, search: Search) -> bool:
-        """Whether the tighter budget is better met by a cut through the search's own scores: where nodes matter alike for all prompts,
-        those generalise better than nodes opened one by one."""
-        if self.budget.max_size is not None:
+        """Whether the tighter budget, met by opening nodes one by one, is met with fewer by a cut through the search's own scores: those
+        generalise better where nodes matter alike for all prompts. Where opening did not meet it, the cut takes far too many."""
+        if self.budget.max_size is not None or self.best.violation > 1:
             return False
         cut = search.cut()
         if better := self.landscape.budget.better(cut, self.best):
