@@ -28,6 +28,14 @@ def no_hooks_left() -> Callable[[Any], None]:
     return assert_no_hooks
 
 
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """The benchmarks set the number of threads, and with it the last digit of a float changes."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def toy() -> Toy:
     return tlnp.toy.load("ioi", n=24)
