@@ -35,8 +35,8 @@ class Measured(NamedTuple):
 class Budget:
     """What a circuit must keep: the loss, and for KL also the choice between answer and wrong answer.
 
-    loss: what `max_loss` bounds (mean over prompts). max_size: leaf nodes at most. limits: nodes of
-    single granularities at most. With neither, as few nodes as the loss allows.
+    loss: what `max_loss` bounds (mean over prompts). max_size: leaf nodes at most. limits: nodes of single granularities
+    at most. With neither, as few nodes as the loss allows.
     """
 
     loss: LossFn = kl_divergence
@@ -58,7 +58,7 @@ class Budget:
         return max(measured.loss / self.max_loss, measured.disagreement / DISAGREEMENT)
 
     def better(self, new: Snapshot, old: Snapshot | None) -> bool:
-        """Smaller within the budget, or of one size and further within it; for a fixed size, further within it."""
+        """Smaller within the budget, or of one size and further within it; for a fixed size or within limits, further within it."""
         if old is None:
             return not self.smallest or new.violation <= 1
         if not self.smallest:

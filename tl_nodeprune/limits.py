@@ -15,7 +15,7 @@ PASSES = 4  # rounds of prices; in random trees of up to seven limits more added
 OPEN_ABOVE = -1.0  # score, in root mean squares of a gradient: what is not limited is closed only where that clearly helps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Limits:
     """At most `most[name]` live nodes of each granularity named, all others as many as there are.
 
@@ -106,7 +106,7 @@ def _units(space: NodeSpace, name: str) -> Tensor:
     for key in space.free():
         unit, shape = GateKey(name, key.layer), space.shapes[key]
         within = key == unit or unit in space.ancestors(key)
-        of = ids[unit].view(*shapes[unit], *[1] * (len(shape) - len(shapes[unit]))) if within else torch.tensor(-1)
+        of = ids[unit].view(shapes[unit] + (1,) * (len(shape) - len(shapes[unit]))) if within else torch.tensor(-1)
         parts.append(of.expand(shape).flatten())
     return torch.cat(parts)
 

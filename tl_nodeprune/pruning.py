@@ -94,10 +94,10 @@ def prune(
     are searched on in both directions, which makes the circuit hold on fresh prompts (docs/decisions). Where 7 pairs or more show
     no preference of the full model for the answer on the clean prompts, no circuit is claimed: a warning, and `converged` is False.
 
-    Raises: ValueError for a budget that is missing, doubled, not above 0, or of nodes that these masks do not gate, prompts that do not fit the model,
-    or a start over other nodes; TypeError for what is no number or no PromptPairs; RuntimeError where the masks are not attached,
-    another circuit is applied, or the model is in training mode with dropout; FloatingPointError at the step where logits or the
-    loss are NaN or inf. The model and the masks are then as before.
+    Raises: ValueError for a budget that is missing, doubled, not above 0, or of nodes that these masks do not gate, prompts that do not
+    fit the model, or a start over other nodes; TypeError for what is no number or no PromptPairs; RuntimeError where the masks are not
+    attached, another circuit is applied, or the model is in training mode with dropout; FloatingPointError at the step where logits
+    or the loss are NaN or inf. The model and the masks are then as before.
     """
     budget = _budget(masks, max_kl, max_nodes, loss, max_loss, objective)
     model = _ready(masks, prompts, start)
