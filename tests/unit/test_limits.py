@@ -156,20 +156,17 @@ def test_limits_hold_after_all_stages_of_the_search(toy: Toy) -> None:
     assert len(result.history) > 18 and result.gap >= 1
 
 
-def test_the_best_three_heads_of_all_are_found(frozen_toy: Toy) -> None:
-    """Every three heads of the twelve, with all else kept: those that the search keeps have the least KL."""
+@pytest.mark.parametrize("n", [2, 3])
+def test_no_heads_are_better_with_all_else_kept(frozen_toy: Toy, n: int) -> None:
+    """Every n heads of the twelve. The search may find other heads than the best of these, since it may close what is not limited."""
     toy = (frozen_toy[0], frozen_toy[1][:8])
-    found = pruned(toy, {"head": 3}, steps=11).circuit
+    found = pruned(toy, {"head": n}, steps=11).circuit
     landscape, rows = landscape_of(toy), torch.arange(8)
-    head_of = Limits.of(landscape.space, {"head": 3}).units["head"]
-
-    def kl(heads: tuple[int, ...]) -> float:
-        return landscape.measure(((head_of < 0) | torch.isin(head_of, torch.tensor(heads))).float(), rows).loss
-
-    kls = {heads: kl(heads) for heads in combinations(range(12), 3)}
-    assert tuple(4 * layer + head for layer, head in found.nodes("head")) == min(kls, key=lambda heads: kls[heads])
-    assert landscape.measure(landscape.flat(found).float(), rows).loss < min(kls.values()), "and what is not limited makes up for some"
-    assert found.count()["mlp_neuron"] > 0.8 * 1152
+    head_of = Limits.of(landscape.space, {"head": n}).units["head"]
+    kept = torch.stack([(head_of < 0) | torch.isin(head_of, torch.tensor(heads)) for heads in combinations(range(12), n)])
+    lowest = min(landscape.measure(one.float(), rows).loss for one in kept)
+    assert landscape.measure(landscape.flat(found).float(), rows).loss < lowest
+    assert found.count()["head"] == n and found.count()["mlp_neuron"] > 0.8 * 1152
 
 
 def test_no_limit_at_all_keeps_the_model(toy: Toy) -> None:
