@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tl_nodeprune.ablation import batches
+from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit, circuit_logits, full_logits
 from tl_nodeprune.hooks import device_of
 from tl_nodeprune.landscape import Budget, Landscape, Record, Snapshot
@@ -101,10 +102,8 @@ def prune(
     """
     budget = _budget(masks, max_kl, max_nodes, loss, max_loss, objective)
     model = _ready(masks, prompts, start)
-    for name, value, least in (("steps", steps, 1), ("batch_size", batch_size, 1), ("step_prompts", step_prompts, 1),
-                               ("exact_tests", exact_tests, 0)):
-        if value < least:
-            raise ValueError(f"{name}={value}; it must be {least} or more.")
+    check_counts(steps=steps, batch_size=batch_size, step_prompts=step_prompts)
+    check_counts(0, exact_tests=exact_tests)
     began, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
     history: list[Step] = []
     if torch.cuda.is_available():
