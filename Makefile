@@ -11,8 +11,8 @@ RUN := $(VENV)/bin/python
 demo: install
 	$(VENV)/bin/tl-nodeprune demo
 
-test: install
-	$(RUN) -m pytest
+test: install  # two processes of one thread: the tests' models are too small for more threads
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 test-slow: install
 	$(RUN) -m pytest -m slow
