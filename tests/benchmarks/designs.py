@@ -18,7 +18,9 @@ import argparse
 import math
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,10 @@ LOOK = 10  # steps from one look at the thresholded circuit to the next
 GATES: dict[str, Gate] = {"hard concrete": HardConcrete(), "straight-through": HardConcrete(straight_through=True), "step": Step()}
 
 
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adam": partial(torch.optim.Adam, betas=(0.9, 0.95)), "sgd": torch.optim.SGD}
+MOST = 100.0  # price
+
+
 @dataclass(frozen=True)
 class Phase:
     """share: of the steps. trained: granularities. budget: share of the budget. cut: whether what was trained is then fixed."""
@@ -60,7 +66,7 @@ class Phase:
 class Settings:
     """gate: of GATES. lr: Adam's. open: share of the leaf gates with a score above 0 at the start, best attribution first; width: of the
     scores from the best to the worst. coarse: mean score of the coarse gates at the start. rate: of the price, per step. limit: of scores.
-    control: whether the price follows the KL of the draws or that of the thresholded circuit."""
+    optimizer: "adam" or "sgd"."""
 
     gate: str = "straight-through"
     lr: float = 0.1
@@ -69,7 +75,7 @@ class Settings:
     coarse: float = 3.0
     rate: float = 0.05
     limit: float = 8.0
-    control: str = "draws"
+    optimizer: str = "adam"
 
 
 DESIGNS: dict[str, tuple[Phase, ...]] = {
@@ -138,21 +144,21 @@ class SoftGates:
 
     def train(self, phase: Phase, steps: int) -> None:
         scores = [self.masks.score(key) for key in self.masks.space.shapes if key.granularity in phase.trained]
-        optimizer, budget = torch.optim.Adam(scores, lr=self.settings.lr), phase.budget * EQUAL_BUDGET
+        optimizer, budget = OPTIMIZERS[self.settings.optimizer](scores, lr=self.settings.lr), phase.budget * EQUAL_BUDGET
         for step in range(steps):
             kl, wanted = self.draw()
-            loss = self.price * wanted / budget + self.penalty()
-            self.masks.zero_grad()
-            loss.backward()
+            over = min(max(kl / budget, 0.1), 10.0)
+            parts = [torch.autograd.grad(part, scores) for part in (wanted, self.penalty())]
+            weights = [weight / _rms(part) for weight, part in zip((self.price * over, 1.0), parts, strict=True)]
+            for score, *grads in zip(scores, *parts, strict=True):
+                score.grad = sum(w * g for w, g in zip(weights, grads, strict=True)) / (1 + self.price * over)  # type: ignore[assignment]
             optimizer.step()
             with torch.no_grad():
                 for score in scores:
                     score.clamp_(-self.settings.limit, self.settings.limit)
+            self.price = min(max(self.price * over**self.settings.rate, 1 / MOST), MOST)
             if step % LOOK == LOOK - 1:
-                binary = self.look().loss
-            if self.settings.control == "binary":
-                kl = binary if step >= LOOK - 1 else budget
-            self.price *= math.exp(self.settings.rate * min(max(math.log(max(kl, 1e-9) / budget), -1.0), 1.0))
+                self.look()
 
     def draw(self) -> tuple[float, Tensor]:
         """KL of one draw of the gates, the worse direction's mean; and what is minimised, KL and hinge: differentiable."""
@@ -160,7 +166,7 @@ class SoftGates:
         with self.masks.sampling(self.generator), self.masks.standing_in(reference.stand_ins(self.rows)):
             logits = reference.logits(reference.prompts)
         kl = kl_divergence(logits, reference.full)
-        worst = max(float(kl[self.land.groups == group].mean()) for group in self.land.groups.unique())
+        worst = max(float(kl.detach()[self.land.groups == group].mean()) for group in self.land.groups.unique())
         return worst, (kl + HINGE_WEIGHT * choice_hinge(logits, reference.full, reference.prompts)).mean()
 
     def penalty(self) -> Tensor:
@@ -218,6 +224,10 @@ class SoftGates:
             circuit = self.land.circuit(self.cut(self.order()).kept, self.masks.ablation)
         self.land.budget = whole
         self.set({key: torch.where(circuit.live(*key), FIXED, -FIXED) for key in self.masks.space.shapes if key.granularity in phase.trained})
+
+
+def _rms(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts]).pow(2).mean().sqrt().clamp(min=1e-12)
 
 
 class Bench:
