@@ -31,6 +31,7 @@ import report
 import torch
 from report import EQUAL_BUDGET, Results
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.gates import Gate, HardConcrete, Step
@@ -68,13 +69,13 @@ class Settings:
     scores from the best to the worst. coarse: mean score of the coarse gates at the start. rate: of the price, per step. limit: of scores.
     optimizer: "adam" or "sgd"."""
 
-    gate: str = "straight-through"
-    lr: float = 0.1
+    gate: str = "step"
+    lr: float = 0.05
     open: float = 0.5
     width: float = 4.0
-    coarse: float = 3.0
+    coarse: float = 2.0
     rate: float = 0.05
-    limit: float = 8.0
+    limit: float = 3.0
     optimizer: str = "adam"
 
 
@@ -182,9 +183,8 @@ class SoftGates:
         return (size + roots.sum().clamp(min=1).log()) / 2
 
     def order(self) -> Tensor:
-        """The log of P(open) along the path of each leaf: [node]."""
-        logs = {key: self.masks.gate.probability(self.masks.score(key)).detach().double().clamp(min=1e-12).log()
-                for key in self.masks.space.shapes}
+        """The logistic of the scores, multiplied along the path of each leaf, as a logarithm: [node]."""
+        logs = {key: logsigmoid(self.masks.score(key).detach().double()) for key in self.masks.space.shapes}
         paths = [sum((spread(logs[parent], logs[key].ndim) for parent in self.masks.space.ancestors(key)), logs[key])
                  for key in self.land.keys]
         return torch.cat([path.flatten() for path in paths])
@@ -223,7 +223,8 @@ class SoftGates:
         with self.masks.inactive():
             circuit = self.land.circuit(self.cut(self.order()).kept, self.masks.ablation)
         self.land.budget = whole
-        self.set({key: torch.where(circuit.live(*key), FIXED, -FIXED) for key in self.masks.space.shapes if key.granularity in phase.trained})
+        trained = [key for key in self.masks.space.shapes if key.granularity in phase.trained]
+        self.set({key: torch.where(circuit.live(*key), FIXED, -FIXED) for key in trained})
 
 
 def _rms(parts: Sequence[Tensor]) -> Tensor:
