@@ -82,7 +82,8 @@ class Bench:
     def add(self, method: str, land: Landscape, at_end: Snapshot, within: Snapshot, seconds: float) -> None:
         found = {name: baselines.lift(land.circuit(one.kept, land.reference.ablation), self.space)
                  for name, one in (("nodes", at_end), ("within", within))}
-        noted = {"search_kl": at_end.loss, "violation": at_end.violation, "within_search_kl": within.loss, "seconds": seconds}
+        noted = {"search_kl": at_end.loss, "violation": at_end.violation, "within_search_kl": within.loss, "seconds": seconds,
+                 "circuit": self.results.save(found["within"])}
         noted |= self.judged("nodes", found["nodes"]) | self.judged("within", found["within"])
         if self.options.finish_steps and found["within"].size < self.options.worth * found["within"].size_total:
             finished, more = self.finish(found["within"], self.options.finish_steps)
