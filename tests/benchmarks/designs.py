@@ -8,7 +8,8 @@ heads and MLPs of the square root of their expected live size. fine then coarse:
 coarse first: coarse gates for a third of the steps at half of the budget, cut there, then leaf gates inside what is left.
 
 `nodes` are those of the gates thresholded at the end, `within` those of the smallest circuit within the budget found by bisection over the
-gates' own order, at the end or at the smallest circuit within the budget met on the way. `finished` is `prune(start=...)` from it.
+gates' own order, at the end or at the smallest circuit within the budget met on the way. `finished` is `prune(start=...)` from it; or from
+the thresholded circuit, where that is less than half as large and near the budget.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from tl_nodeprune.objective import Reference
 from tl_nodeprune.preference import preference
 from tl_nodeprune.search import Search
 
+NEAR = 1.25  # times the budget
 
 def landscape(masks: NodeMasks, prompts: tlnp.PromptPairs) -> Landscape:
     """As `prune` has it at the bench's budget, its stand-ins for coarse hook points too."""
@@ -82,11 +84,12 @@ class Bench:
     def add(self, method: str, land: Landscape, at_end: Snapshot, within: Snapshot, seconds: float) -> None:
         found = {name: baselines.lift(land.circuit(one.kept, land.reference.ablation), self.space)
                  for name, one in (("nodes", at_end), ("within", within))}
-        noted = {"search_kl": at_end.loss, "violation": at_end.violation, "within_search_kl": within.loss, "seconds": seconds,
-                 "circuit": self.results.save(found["within"])}
+        noted = {"search_kl": at_end.loss, "violation": at_end.violation, "within_search_kl": within.loss, "seconds": seconds}
         noted |= self.judged("nodes", found["nodes"]) | self.judged("within", found["within"])
-        if self.options.finish_steps and found["within"].size < self.options.worth * found["within"].size_total:
-            finished, more = self.finish(found["within"], self.options.finish_steps)
+        start = found["nodes" if at_end.violation <= NEAR and within.size > 2 * at_end.size else "within"]
+        noted["circuit"] = self.results.save(start)
+        if self.options.finish_steps and start.size < self.options.worth * start.size_total:
+            finished, more = self.finish(start, self.options.finish_steps)
             noted |= self.judged("finished", finished) | {"finish_seconds": more}
         self.results.add(self.task, self.seed, method, **noted)
 

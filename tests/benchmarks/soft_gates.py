@@ -7,6 +7,7 @@ of the draws is above the budget, and falls below it.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -173,14 +174,21 @@ class SoftGates:
         return found
 
     def cut(self, order: Tensor) -> Snapshot:
-        """By bisection over the levels of an order, the smallest circuit within the budget; the full model at worst."""
-        levels = order.unique()
-        low, high = 0, len(levels) - 1
+        """The smallest circuit within the budget that keeps the top of an order; the full model at worst. By bisection between the first
+        two sizes, up from half of the thresholded one in steps of 10 %, the larger of which is within: further up the KL may rise again."""
+        levels, sizes = order.unique(return_counts=True)
+        counts = sizes.flip(0).cumsum(0).tolist()
+
+        def keep(i: int) -> Snapshot:
+            return self.land.snapshot(order >= levels[len(levels) - 1 - i], self.rows)
+
+        size, low, high = int(self.land.flat(self.masks.to_circuit()).sum()) / 2, 0, len(counts) - 1
+        while (high := min(bisect_left(counts, size), len(counts) - 1)) < len(counts) - 1 and keep(high).violation > 1:
+            low, size = high + 1, size * 1.1 + 1
         while low < high:
-            middle = (low + high + 1) // 2
-            within = self.land.snapshot(order >= levels[middle], self.rows).violation <= 1
-            low, high = (middle, high) if within else (low, middle - 1)
-        return self.land.snapshot(order >= levels[low], self.rows)
+            middle = (low + high) // 2
+            low, high = (low, middle) if keep(middle).violation <= 1 else (middle + 1, high)
+        return keep(high)
 
     def smallest(self) -> Snapshot:
         """Within the budget, of the orders at the end and at the smallest circuit met; attribution decides between equals."""
