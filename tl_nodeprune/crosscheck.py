@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformer_lens import patching
 
 from tl_nodeprune.agreement import Agreement, GranularityAgreement, NodeScore, agreement
+from tl_nodeprune.checks import check_counts
 from tl_nodeprune.effects import DIRECTIONS, Effects
 from tl_nodeprune.hooks import answer_logits, can_slice, capture_nodes, check_ready, device_of, find_nodes, mask_hooks, temporary_hooks
 from tl_nodeprune.masks import masks_off
@@ -151,8 +152,7 @@ def _task(model: Any, prompts: PromptPairs, granularities: Iterable[str] | None,
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; allowed: 'denoise' (clean activations into the corrupted run) and 'noise' "
                          "(corrupted activations into the clean run).")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}; it must be a whole number, 1 or more.")
+    check_counts(batch_size=batch_size)
     nodes = find_nodes(model)
     names = [name for name in COARSE if name in nodes.granularities] if granularities is COARSE else granularities
     space = nodes.restrict(names)

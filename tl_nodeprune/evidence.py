@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from tl_nodeprune.ablation import ABLATIONS, Ablation
+from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import evaluate
 from tl_nodeprune.hooks import check_ready
@@ -168,9 +169,7 @@ def _check_arguments(circuit: Circuit, given: tuple[PromptPairs, ...], **numbers
         if circuit.ablation.name == "interchange" and _paired_with_itself(prompts):
             raise ValueError("corrupted prompts are missing: all are the same as the clean ones, so interchange ablation replaces nothing. "
                              "Give corrupted prompts, or a circuit found under mean, zero or optimal ablation.")
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}; it must be a whole number, 1 or more.")
+    check_counts(**numbers)
 
 
 def _check_fits(model: Any, circuit: Circuit, given: tuple[PromptPairs, ...]) -> None:

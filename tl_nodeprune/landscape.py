@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_nodeprune.ablation import Ablation
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.hooks import mask_hooks, temporary_hooks
+from tl_nodeprune.limits import Limits
 from tl_nodeprune.nodes import GateKey, Gates, NodeSpace
 from tl_nodeprune.objective import LossFn, Reference, check_finite, choice_hinge, fisher_probes, kl_divergence
 from tl_nodeprune.prompts import PromptPairs
@@ -34,22 +35,33 @@ class Measured(NamedTuple):
 class Budget:
     """What a circuit must keep: the loss, and for KL also the choice between answer and wrong answer.
 
-    loss: what `max_loss` bounds (mean over prompts). max_size: leaf nodes at most; None: as few as the loss allows.
+    loss: what `max_loss` bounds (mean over prompts). max_size: leaf nodes at most. limits: nodes of single granularities
+    at most. With neither, as few nodes as the loss allows.
     """
 
     loss: LossFn = kl_divergence
     max_loss: float = 0.05
     max_size: int | None = None
+    limits: Limits | None = None
+
+    @property
+    def smallest(self) -> bool:
+        """Whether the smallest circuit within the loss is sought, not the most faithful of a size."""
+        return self.max_size is None and self.limits is None
+
+    def allows(self, kept: Tensor) -> bool:
+        """Whether a circuit, as kept nodes [node], is within the size or the limits asked for."""
+        return (self.max_size is None or int(kept.sum()) <= self.max_size) and (self.limits is None or self.limits.hold(kept))
 
     def violation(self, measured: Measured) -> float:
         """At most 1 when within the budget."""
         return max(measured.loss / self.max_loss, measured.disagreement / DISAGREEMENT)
 
     def better(self, new: Snapshot, old: Snapshot | None) -> bool:
-        """Smaller within the budget, or of one size and further within it; for a fixed size, further within it."""
+        """Smaller within the budget, or of one size and further within it; for a fixed size or within limits, further within it."""
         if old is None:
-            return self.max_size is not None or new.violation <= 1
-        if self.max_size is not None:
+            return not self.smallest or new.violation <= 1
+        if not self.smallest:
             return new.violation < old.violation
         if max(new.violation, old.violation) > 1:
             return new.violation < old.violation

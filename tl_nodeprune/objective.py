@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import relu
 
+from tl_nodeprune.checks import check_counts
 from tl_nodeprune.gates import HardConcrete
 from tl_nodeprune.hooks import answer_logits, can_slice
 from tl_nodeprune.nodes import GRANULARITIES
@@ -135,8 +136,7 @@ class PaperObjective:
         unknown = set(self.weights) - set(GRANULARITIES)
         if unknown:
             raise ValueError(f"weights for unknown granularities {sorted(unknown)}; allowed: {', '.join(GRANULARITIES)}.")
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(f"steps={self.steps}, batch_size={self.batch_size}; both must be 1 or more.")
+        check_counts(steps=self.steps, batch_size=self.batch_size)
 
     def train(self, masks: NodeMasks, reference: Reference, generator: torch.Generator,
               record: Callable[[int, float, int, float], None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +15,11 @@ import torch
 from tqdm.auto import tqdm
 
 from tl_nodeprune.ablation import batches
+from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit, circuit_logits, full_logits
 from tl_nodeprune.hooks import device_of
 from tl_nodeprune.landscape import Budget, Landscape, Record, Snapshot
+from tl_nodeprune.limits import Limits, count_of
 from tl_nodeprune.masks import NodeMasks, masks_off
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.objective import LossFn, PaperObjective, Reference, kl_divergence
@@ -29,7 +31,8 @@ from tl_nodeprune.survey import searchable, survey
 @dataclass(frozen=True)
 class Step:
     """One step of a search. kl: nats (or the loss given), mean over the step's prompts; size: nodes open; coefficient:
-    the score at the cut for the default search, lam for PaperObjective."""
+    the score at the cut for the default search (with limits by granularity, where there is no one cut, that of rank `size`), lam for
+    PaperObjective."""
 
     step: int
     kl: float
@@ -66,17 +69,21 @@ class PruneResult:
 
 
 def prune(
-    masks: NodeMasks, prompts: PromptPairs, *, max_kl: float | None = None, max_nodes: float | int | None = None,
-    loss: LossFn | None = None, max_loss: float | None = None, objective: PaperObjective | None = None, start: Circuit | None = None,
-    steps: int = 200, exact_tests: int = 16, batch_size: int = 64, step_prompts: int = 128, cache_bytes: int = 2 << 30,
-    seed: int = 0, progress: bool = True,
+    masks: NodeMasks, prompts: PromptPairs, *, max_kl: float | None = None,
+    max_nodes: float | int | Mapping[str, float | int] | None = None, loss: LossFn | None = None, max_loss: float | None = None,
+    objective: PaperObjective | None = None, start: Circuit | None = None, steps: int = 200, exact_tests: int = 16,
+    batch_size: int = 64, step_prompts: int = 128, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True,
 ) -> PruneResult:
     """The smallest circuit whose KL(full || circuit) at the answer positions is at most `max_kl` nats, or the most faithful
-    one of at most `max_nodes` leaf nodes. The masks are left at that circuit, still attached.
+    one of at most `max_nodes` nodes. The masks are left at that circuit, still attached.
 
     Give one of: max_kl (nats); max_nodes (a float is a share of the leaf nodes, an int a count; gates above something that is not
-        gated count too); loss with max_loss, a loss of your own, fn(circuit_logits, full_logits, prompts) -> [batch], bounded in its
-        mean; objective, the paper's, run as it is, with its own steps and batch size.
+        gated count too; a mapping limits single granularities); loss with max_loss, a loss of your own,
+        fn(circuit_logits, full_logits, prompts) -> [batch], bounded in its mean; objective, the paper's, run as it is, with its own
+        steps and batch size.
+    max_nodes as a mapping: a share or count of each granularity named, as {"head": 3, "mlp_neuron": 0.05}; the most faithful circuit
+        with at most so many of each live is sought. A head, block or layer counts as one while anything in it is live. Granularities
+        that are not named are not limited: their nodes stay open except where closing them clearly makes the circuit more faithful.
     start: a circuit to start from, say that of a smaller budget, instead of integrated gradients alone.
     steps: at most; the search stops earlier when nothing improves. step_prompts: prompts per step, more are drawn from at random.
     exact_tests: single nodes whose removal is tried exactly at the end, the likeliest first; heads and blocks always are, all of them.
@@ -88,17 +95,15 @@ def prune(
     are searched on in both directions, which makes the circuit hold on fresh prompts (docs/decisions). Where 7 pairs or more show
     no preference of the full model for the answer on the clean prompts, no circuit is claimed: a warning, and `converged` is False.
 
-    Raises: ValueError for a budget that is missing, doubled or not above 0, prompts that do not fit the model, or a start over other
-    nodes; TypeError for what is no number or no PromptPairs; RuntimeError where the masks are not attached, another circuit is
-    applied, or the model is in training mode with dropout; FloatingPointError at the step where logits or the loss are NaN or
-    inf. The model and the masks are then as before.
+    Raises: ValueError for a budget that is missing, doubled, not above 0, or of nodes that these masks do not gate, prompts that do not
+    fit the model, or a start over other nodes; TypeError for what is no number or no PromptPairs; RuntimeError where the masks are not
+    attached, another circuit is applied, or the model is in training mode with dropout; FloatingPointError at the step where logits
+    or the loss are NaN or inf. The model and the masks are then as before.
     """
     budget = _budget(masks, max_kl, max_nodes, loss, max_loss, objective)
     model = _ready(masks, prompts, start)
-    for name, value, least in (("steps", steps, 1), ("batch_size", batch_size, 1), ("step_prompts", step_prompts, 1),
-                               ("exact_tests", exact_tests, 0)):
-        if value < least:
-            raise ValueError(f"{name}={value}; it must be {least} or more.")
+    check_counts(steps=steps, batch_size=batch_size, step_prompts=step_prompts)
+    check_counts(0, exact_tests=exact_tests)
     began, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
     history: list[Step] = []
     if torch.cuda.is_available():
@@ -134,7 +139,7 @@ class _Found:
 
     def problem(self, budget: Budget) -> str | None:
         """Why no circuit can be claimed, in words."""
-        if budget.max_size is None and not self.kl <= budget.max_loss:
+        if budget.smallest and not self.kl <= budget.max_loss:
             over = self.kl - budget.max_loss
             return f"no circuit within the budget was found: the loss is {self.kl:.4f}, {over:.4f} above {budget.max_loss}."
         if self.no_task:
@@ -157,14 +162,16 @@ def _restored_on_error(masks: NodeMasks) -> Iterator[None]:
         raise
 
 
-def _budget(masks: NodeMasks, max_kl: float | None, max_nodes: float | int | None, loss: LossFn | None, max_loss: float | None,
-            objective: PaperObjective | None) -> Budget:
-    given = {"max_kl": max_kl, "max_nodes": max_nodes, "max_loss": max_loss, "objective": objective}
+def _budget(masks: NodeMasks, max_kl: float | None, max_nodes: float | int | Mapping[str, float | int] | None, loss: LossFn | None,
+            max_loss: float | None, objective: PaperObjective | None) -> Budget:
+    given: dict[str, Any] = {"max_kl": max_kl, "max_nodes": max_nodes, "max_loss": max_loss, "objective": objective}
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) != 1:
         raise ValueError(f"give exactly one of max_kl, max_nodes, loss with max_loss, or objective; got {' and '.join(chosen) or 'none'}.")
     if (loss is None) != (max_loss is None):
         raise ValueError("loss and max_loss go together: a loss of your own and what its mean may be at most.")
+    if isinstance(max_nodes, Mapping):
+        return Budget(limits=Limits.of(masks.space, max_nodes))
     for name, value in given.items():
         if name != "objective" and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise TypeError(f"{name}={value!r}; it must be a number.")
@@ -173,15 +180,7 @@ def _budget(masks: NodeMasks, max_kl: float | None, max_nodes: float | int | Non
         raise ValueError(f"{chosen[0]}={limit}; it must be a finite number above 0 (nats for max_kl; 0.05 is a good start).")
     if limit is not None:
         return Budget(loss or kl_divergence, limit)
-    return Budget(max_size=None if max_nodes is None else _count(max_nodes, masks.space.free_total()))
-
-
-def _count(max_nodes: float | int, total: int) -> int:
-    is_share = isinstance(max_nodes, float)
-    count = round(max_nodes * total) if is_share and 0 < max_nodes <= 1 else 0 if is_share else max_nodes
-    if not 1 <= count <= total:
-        raise ValueError(f"max_nodes={max_nodes}; give a share above 0 and up to 1.0 as a float, or a count of 1 to {total} as an int.")
-    return int(count)
+    return Budget(max_size=None if max_nodes is None else count_of("max_nodes", max_nodes, masks.space.free_total()))
 
 
 def _ready(masks: NodeMasks, prompts: PromptPairs, start: Circuit | None) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.effects import Effects
 from tl_nodeprune.landscape import Budget, Landscape, Measured
@@ -155,9 +156,7 @@ def _check(masks: NodeMasks, sizes: Sequence[float], anchor: float, **counts: in
     check_sizes(sizes)
     if not 0 < anchor <= 1:
         raise ValueError(f"anchor={anchor}; give a share of the nodes above 0, up to 1.")
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}; it must be 1 or more.")
+    check_counts(**counts)
     if masks.asked_ablation.name == "optimal":
         raise ValueError('"optimal" ablation learns constants that differ from size to size, so there is no one ranking under it; '
                          'attach the masks with "interchange", "mean" or "zero".')

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.landscape import Landscape, Quadratic, Record, Snapshot
+from tl_nodeprune.limits import Limits
 from tl_nodeprune.objective import kl_divergence
 
 RADIUS, WIDEST, WIDEN, NARROW, TRUSTED, DOUBTED = 0.1, 0.2, 1.3, 2.0, 0.7, 0.3
@@ -17,8 +18,8 @@ Move = list[int]
 
 
 class Refinement:
-    """Improves a snapshot: fewer nodes within the budget, or for a fixed size a smaller loss. Never returns a worse one, nor one that
-    is less sure of its choices (`choice_hinge`): what is lost there shows on fresh prompts only.
+    """Improves a snapshot: fewer nodes within the budget, or for a fixed size, or within limits, a smaller loss. Never returns a worse one,
+    nor one that is less sure of its choices (`choice_hinge`): what is lost there shows on fresh prompts only.
 
     rows: of the reference's prompts, all of which the budget holds for. scores: [node], the search's; where there are very many
     nodes, only the best of the closed ones are candidates.
@@ -50,8 +51,9 @@ class Refinement:
         return rounds
 
     def _merit(self, found: Snapshot) -> float:
-        """What a round should lower: the loss for a fixed size or above the budget; else the size, with unused budget counted in."""
-        above = self.budget.max_size is not None or found.violation > 1
+        """What a round should lower: the loss for a fixed size, within limits or above the budget; else the size, with unused budget
+        counted in."""
+        above = not self.budget.smallest or found.violation > 1
         return found.violation if above else found.size * found.violation**0.5
 
     def _candidates(self) -> Tensor:
@@ -60,14 +62,16 @@ class Refinement:
         return ranked.topk(min(len(kept), max(2 * int(kept.sum()), ALL_NODES))).indices
 
     def _plan(self, model: Quadratic, flips: int) -> tuple[list[Move], list[Move]]:
-        """Exchanges that lower the predicted loss, then removals (or, above the budget, openings) up to the budget."""
+        """Exchanges that lower the predicted loss (within limits, openings too), then removals (or, above the budget, openings) up to
+        the budget."""
         room = (1 - self.best.violation) * self.budget.max_loss
         limit, self._prices = model.loss + room, []
         exchanges: list[Move] = []
         changes: list[Move] = []
-        while 4 * len(exchanges) < flips and (move := _exchange(model)):
+        limits = self.budget.limits and self.budget.limits.among(model.nodes)
+        while 4 * len(exchanges) < flips and (move := _within(model, limits) if limits else _exchange(model)):
             exchanges.append(move)
-        if self.budget.max_size is not None:
+        if not self.budget.smallest:
             return exchanges, changes
         while model.loss > limit and not bool(model.kept.all()):
             changes.append([i := int(model.costs().masked_fill(model.kept, torch.inf).argmin())])
@@ -102,6 +106,8 @@ class Refinement:
         kept = start.kept.clone()
         for i in (i for move in moves for i in move):
             kept[nodes[i]] = ~kept[nodes[i]]
+        if not self.budget.allows(kept):
+            return False
         found = self.landscape.snapshot(kept, self.everything)
         better = self.budget.better(found, self.best) and found.measured.hinge <= self._hinge_limit
         if better:
@@ -175,3 +181,23 @@ def _exchange(model: Quadratic) -> Move | None:
         return None
     model.flip(closed)
     return [opened, closed]
+
+
+def _within(model: Quadratic, limits: Limits) -> Move | None:
+    """Open the closed node, and where a limit is full close the kept one that makes room for it, that lower the loss most; None, and
+    nothing changed, where none does. Nothing is closed for its own sake: that would fit the search's prompts only."""
+    needs, frees = limits.full(model.kept)
+    best, lowest = None, -1e-4 * abs(model.loss)
+    for need in needs[~model.kept].unique(dim=0):
+        opened = int(model.costs().masked_fill(model.kept | (needs != need).any(1), torch.inf).argmin())
+        move, gained = [opened], model.flip(opened)
+        if need.any():
+            costs = model.costs().masked_fill(~model.kept | (need & ~frees).any(1), torch.inf)
+            move.append(int(costs.argmin()))
+            gained += float(costs[move[1]])
+        model.flip(opened)
+        if gained < lowest:
+            best, lowest = move, gained
+    for i in best or []:
+        model.flip(i)
+    return best

@@ -37,19 +37,19 @@ class Search:
         self.scores = -self.path_gradient / _rms(self.path_gradient)
         if self.start is not None:
             self._rank_first(self.landscape.flat(self.start))
-        k = self._start_size() if self.budget.max_size is None else min(self.budget.max_size, self.landscape.n)
+        k = self._start_size() if self.budget.smallest else min(self.budget.max_size or self.landscape.n, self.landscape.n)
         lowest, before, stale = float("inf"), float("inf"), 0
         for step in range(self.steps):
             improved, violation = self._step(step, k)
             self.taken = step + 1
             lowest, stale = min(lowest, violation), 0 if improved else stale + 1
             if (step + 1) % WINDOW == 0:
-                if self.budget.max_size is None:
+                if self.budget.smallest:
                     k, before = self._next_size(k, lowest, before)
                 lowest = float("inf")
             if stale >= PATIENCE * WINDOW and self.best:
                 break
-        return self._trim(self.best) if self.best and self.budget.max_size is None else self.best or self.grow(k, self.everything)
+        return self._trim(self.best) if self.best and self.budget.smallest else self.best or self.grow(k, self.everything)
 
     def _rows(self) -> Tensor:
         rows = self.everything
@@ -64,6 +64,9 @@ class Search:
         return flat.to(self.landscape.reference.full.device)
 
     def _top(self, k: int, scores: Tensor) -> Tensor:
+        """The k nodes of highest score, or with limits the best within them."""
+        if self.budget.limits:
+            return self.budget.limits.best(scores)
         kept = torch.zeros(self.landscape.n, dtype=torch.bool)
         kept[scores.topk(k).indices] = True
         return kept
@@ -73,7 +76,7 @@ class Search:
         order = (self.scores.argsort(descending=True).argsort() + len(kept) * (~kept)).argsort()
         self.scores = torch.empty_like(self.scores).index_copy_(0, order, self.scores.sort(descending=True).values)
         found = self.landscape.snapshot(kept, self.everything, self.scores)
-        if self.budget.better(found, None) and (self.budget.max_size is None or found.size <= self.budget.max_size):
+        if self.budget.better(found, None) and self.budget.allows(kept):
             self.best = found
 
     def _start_size(self) -> int:
@@ -93,7 +96,8 @@ class Search:
             self.best = found
         gradient = gradient.cpu()
         self.scores = self.scores - RATE / (1 + step / RATE_DECAY) * gradient / _rms(gradient)
-        self.record(self.first_step + step, measured.loss, k, float(self.scores.topk(k).values[-1]))
+        size = int(kept.sum())
+        self.record(self.first_step + step, measured.loss, size, float(self.scores.topk(size).values[-1]) if size else 0.0)
         return improved, found.violation
 
     def _next_size(self, k: int, lowest: float, before: float) -> tuple[int, float]:

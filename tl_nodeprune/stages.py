@@ -45,9 +45,9 @@ class Stages:
             finish = self._refine(search, rounds - rounds // 2)
             if self._found_by_scores(search):
                 finish = self._refine(search, 0)
-        if self.best.violation > 1 and self.budget.max_size is None:
+        if self.best.violation > 1 and self.budget.smallest:
             finish = self._within_what_was_asked(search)
-        minimal = self.budget.max_size is None and finish.minimal(exact_tests)
+        minimal = self.budget.smallest and finish.minimal(exact_tests)
         self.best = finish.best
         return minimal
 
@@ -60,7 +60,8 @@ class Stages:
     def _make_room(self, steps: int) -> None:
         """How much worse than on its own pairs a circuit of this size does on others: searches on three quarters of them, each judged on
         the rest. The budget is tightened by what is too much."""
-        self.landscape.budget = replace(self.budget, max_size=self.best.size)
+        if self.budget.limits is None:
+            self.landscape.budget = replace(self.budget, max_size=self.best.size)
         excess = 0.0
         for rows, held in self.sample.folds(FOLDS, self.generator):
             search = Search(self.landscape, rows, steps=steps, first_step=self.taken, **self.common)  # type: ignore[arg-type]
@@ -69,7 +70,7 @@ class Stages:
             excess += (self.landscape.snapshot(found.kept, held).loss - found.loss) / FOLDS
             self.landscape.restore(self.best.ablation)
         self.gap = 1 + max(excess, 0.0) / max(self.best.loss, 1e-12)
-        room = min(1.0, max(FRESH / max(self.gap, 1e-12), TIGHTEST)) if self.budget.max_size is None else 1.0
+        room = min(1.0, max(FRESH / max(self.gap, 1e-12), TIGHTEST)) if self.budget.smallest else 1.0
         self.landscape.budget = replace(self.budget, max_loss=self.budget.max_loss * room)
 
     def _found_by_scores(self, search: Search) -> bool:

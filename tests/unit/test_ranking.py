@@ -137,7 +137,7 @@ def test_rank_gives_every_node_its_place_and_leaves_the_masks_as_they_were(toy: 
 @pytest.mark.parametrize(("change", "text"), [
     ({"sizes": (0.5, 0.1, 1.0)}, r"sizes=\(0.5, 0.1, 1.0\); give two or more shares of the nodes, ascending"),
     ({"sizes": (0.1, 0.5)}, "the last one 1.0"), ({"sizes": (1.0,)}, "two or more"), ({"sizes": (0.0, 1.0)}, "above 0"),
-    ({"steps": 0}, "steps=0; it must be 1 or more"), ({"anchor": 0.0}, "anchor=0.0; give a share"),
+    ({"steps": 0}, "steps=0; it must be a whole number, 1 or more"), ({"anchor": 0.0}, "anchor=0.0; give a share"),
     ({"batch_size": 0}, "batch_size=0"), ({"step_prompts": 0}, "step_prompts=0"),
 ])
 def test_rank_names_what_is_wrong(toy: Toy, change: dict[str, Any], text: str) -> None:

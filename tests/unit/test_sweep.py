@@ -136,6 +136,8 @@ def test_a_model_that_other_processes_cannot_get(toy: Toy, few: tlnp.PromptPairs
     ({"seeds": 3}, TypeError, r"seeds=3; give several whole numbers, such as \(0, 1, 2\)"),
     ({"seeds": (0.5,)}, TypeError, r"seeds=\(0.5,\)"),
     ({"share": 1.0}, ValueError, "share=1.0 and 24 prompts"),
+    ({"steps": 0}, ValueError, "steps=0; it must be a whole number, 1 or more"),
+    ({"batch_size": 2.5}, ValueError, "batch_size=2.5; it must be a whole number, 1 or more"),
     ({"share": math.nan}, ValueError, "share=nan"),
     ({"ablation": "mode"}, ValueError, "unknown ablation 'mode'"),
     ({"granularities": ("heads",)}, ValueError, "unknown granularity 'heads'"),

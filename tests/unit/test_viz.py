@@ -181,7 +181,7 @@ def test_errors(toy: Toy, other_model: Any) -> None:
             view(other_model, circuit, prompts)  # type: ignore[operator]
         with circuit.applied(model, prompts), pytest.raises(RuntimeError, match="a circuit is applied"):
             view(model, circuit, prompts)  # type: ignore[operator]
-    with pytest.raises(ValueError, match="most=0; it must be 1 or more"):
+    with pytest.raises(ValueError, match="most=0; it must be a whole number, 1 or more"):
         tlnp.viz.kept_heads(model, some_circuit(model), prompts, most=0)
     bad = tlnp.PromptPairs(prompts.clean + 500, prompts.corrupted, prompts.answers, prompts.wrong_answers)
     with pytest.raises(ValueError, match="clean holds token id .* vocabulary ends at 198"):

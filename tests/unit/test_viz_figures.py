@@ -139,6 +139,7 @@ def test_compare_by_hand() -> None:
     one, two = a.live("mlp_neuron", 0), b.live("mlp_neuron", 0)
     assert shares.z[0][5] == pytest.approx(float((one & two).sum() / (one | two).sum()))
     assert f"intersection over union {a.iou(b):.2f}" in figure.layout.title.text
+    assert shares.text[0][5] == f"{shares.z[0][5]:.2g}"
     assert np.nanmin(np.array(tlnp.viz.compare(a, a).data[-1].z, dtype=float)) == 1
 
 
@@ -227,7 +228,8 @@ def test_an_empty_circuit() -> None:
     with pytest.raises(ValueError, match="the circuit is empty"):
         tlnp.viz.circuit_graph(empty)
     assert "undefined, since none of them" in tlnp.viz.agreement(empty, random_effects(empty)).layout.annotations[0].text
-    assert np.isnan(np.array(tlnp.viz.compare(empty, empty).data[-1].z, dtype=float)).all()
+    nothing = tlnp.viz.compare(empty, empty).data[-1]
+    assert np.isnan(np.array(nothing.z, dtype=float)).all() and {text for row in nothing.text for text in row} == {""}
 
 
 CIRCUIT = random_circuit()

@@ -21,7 +21,7 @@ _COLOURS = (PRUNED, "#4C78A8", "#F58518", "#54A24B")  # the last three from plot
 def compare(circuit_a: Circuit | PruneResult, circuit_b: Circuit | PruneResult, *, names: tuple[str, str] = ("a", "b"),
             task: str = "") -> go.Figure:
     """What two circuits over the same nodes share: a map of heads (in both, in one, in neither), and the intersection over union of
-    live nodes by layer and granularity; blank where neither has a node.
+    live nodes by layer and granularity; no number where neither has a node.
 
     Raises: TypeError for what is no circuit; ValueError where the two are over different nodes.
     """
@@ -37,7 +37,8 @@ def compare(circuit_a: Circuit | PruneResult, circuit_b: Circuit | PruneResult, 
     cells = [[_overlap(a, b, GateKey(name, layer), names) for name in a.space.granularities] for layer in a.space.layers]
     fig.add_trace(go.Heatmap(
         z=np.array([[cell[0] for cell in row] for row in cells]), x=[TITLES[name] for name in a.space.granularities], name="granularities",
-        hovertext=[[cell[1] for cell in row] for row in cells], coloraxis="coloraxis", **common), row=1, col=len(titles))
+        hovertext=[[cell[1] for cell in row] for row in cells], coloraxis="coloraxis", textfont={"size": 10}, texttemplate="%{text}",
+        text=[["" if np.isnan(cell[0]) else f"{cell[0]:.2g}" for cell in row] for row in cells], **common), row=1, col=len(titles))
     fig.update_yaxes(type="category", showgrid=False)
     fig.update_yaxes(title_text="layer", col=1)
     fig.update_xaxes(type="category", showgrid=False)
@@ -45,7 +46,7 @@ def compare(circuit_a: Circuit | PruneResult, circuit_b: Circuit | PruneResult, 
     ablations = " and ".join(dict.fromkeys((a.ablation.name, b.ablation.name)))
     facts = " · ".join(part for part in (html.escape(task), shared, f"{ablations} ablation") if part)
     return fig.update_layout(
-        coloraxis={"colorscale": live_scale(), "cmin": 0, "cmax": 1, "colorbar": colorbar("IoU")}, height=height(len(cells)),
+        coloraxis={"colorscale": live_scale(), "cmin": 0, "cmax": 1, "colorbar": colorbar("IoU")}, height=height(len(cells)) + 60,
         margin={"t": 90, "b": 120}, legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
         title=title(f"{names[0]} and {names[1]}: intersection over union {iou:.2f}", facts))
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_nodeprune.ablation import batches
+from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit, full_logits
 from tl_nodeprune.hooks import capture, check_ready, mask_hooks, temporary_hooks
 from tl_nodeprune.masks import masks_off
@@ -142,9 +143,7 @@ def _checked(model: Any, circuit: Any, prompts: PromptPairs, prompt: int, **coun
     circuit = circuit_of(circuit)
     if not isinstance(prompts, PromptPairs):
         raise TypeError(f"prompts must be PromptPairs, got {type(prompts).__name__}; see PromptPairs.from_strings.")
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count}; it must be 1 or more.")
+    check_counts(**counts)
     one = prompts[prompt]
     with masks_off(model):
         circuit.check_fits(model)

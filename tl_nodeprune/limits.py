@@ -1,0 +1,129 @@
+"""Limits on how many nodes of single granularities are live, and the best circuit within them by the scores of its nodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tl_nodeprune.nodes import GRANULARITIES, GateKey, NodeSpace
+
+PASSES = 4  # rounds of prices; in random trees of up to seven limits more added less than .2 % to the sum
+OPEN_ABOVE = -1.0  # score, in root mean squares of a gradient: what is not limited is closed only where that clearly helps
+
+
+@dataclass(frozen=True, eq=False)
+class Limits:
+    """At most `most[name]` live nodes of each granularity named, all others as many as there are.
+
+    units: by granularity, coarse first: which node of it each gate [node] is or lies in (see `Landscape` for the order), -1 for none. A
+    node counts as live where any gate of it is kept. floor: [node], the score above which a gate may be kept.
+    """
+
+    most: Mapping[str, int]
+    units: Mapping[str, Tensor]
+    floor: Tensor
+
+    @classmethod
+    def of(cls, space: NodeSpace, given: Mapping[str, float | int]) -> Limits:
+        """From counts (int) or shares (float) by granularity.
+
+        Raises: ValueError where none is given, for a granularity that is unknown or not gated here and a number out of range; TypeError for
+        what is no number.
+        """
+        totals = space.totals()
+        gated = f"these masks gate {', '.join(totals)}"
+        if not given:
+            raise ValueError(f"max_nodes is empty; give a share or count for one granularity or more: {gated}.")
+        for name in given:
+            if name not in totals:
+                known = "are not gated" if name in GRANULARITIES else "do not exist"
+                raise ValueError(f"max_nodes limits {name!r} nodes, which {known}; {gated}.")
+        most = {name: count_of(f"max_nodes[{name!r}]", given[name], total) for name, total in totals.items() if name in given}
+        floor = [torch.full(space.shapes[key], 0.0 if key.granularity in most else OPEN_ABOVE).flatten() for key in space.free()]
+        return cls(most, {name: _units(space, name) for name in most}, torch.cat(floor))
+
+    def among(self, nodes: Tensor) -> Limits:
+        """The same limits over some of the gates [c], by index. They hold only where all that is kept is among these."""
+        return replace(self, units={name: unit[nodes] for name, unit in self.units.items()}, floor=self.floor[nodes])
+
+    def hold(self, kept: Tensor) -> bool:
+        """Whether kept gates [node] are within all limits."""
+        return all(int((_sums(unit, kept.float()) > 0).sum()) <= self.most[name] for name, unit in self.units.items())
+
+    def best(self, scores: Tensor) -> Tensor:
+        """The gates [node] within the limits whose positive scores sum highest. Exact where no limit lies within another; else each limit
+        gets a price, and of a few rounds of prices the best is taken (Lagrangian relaxation).
+        """
+        prices, worth, highest = dict.fromkeys(self.most, 0.0), scores.clamp(min=0), -1.0
+        for _ in range(PASSES if len(self.most) > 1 else 1):
+            kept = self._cut(scores > self.floor, self._values(worth, prices), prices)
+            if (total := float(worth[kept].sum())) > highest:
+                found, highest = kept, total
+        return found
+
+    def _values(self, worth: Tensor, prices: Mapping[str, float]) -> dict[str, Tensor]:
+        """What the nodes of each limited granularity are worth: all in them, less the price of each limited node in them, where above 0."""
+        values = {}
+        for name in reversed(tuple(self.units)):
+            unit = self.units[name]
+            values[name] = _sums(unit, worth)
+            net = (values[name] - prices[name]).clamp(min=0) / values[name].clamp(min=1e-30)
+            worth = torch.where(unit < 0, worth, worth * net[unit])
+        return values
+
+    def _cut(self, kept: Tensor, values: Mapping[str, Tensor], prices: dict[str, float]) -> Tensor:
+        """From coarse to fine, keep the nodes worth most. Sets each price to what the best of those cut is worth."""
+        for name, unit in self.units.items():
+            value = values[name].masked_fill(_sums(unit, kept.float()) == 0, -1)
+            ranked = value.topk(min(self.most[name] + 1, len(value)))
+            chosen = torch.zeros(len(value), dtype=torch.bool)
+            chosen[ranked.indices[: self.most[name]]] = True
+            prices[name] = max(float(ranked.values[-1]), 0.0) if len(value) > self.most[name] else 0.0
+            kept = kept & ((unit < 0) | chosen[unit])
+        return kept
+
+    def full(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """By gate and limit, [node limit] bool: whether opening the gate would break the limit, and whether closing it would make room."""
+        needs, frees = [], []
+        for name, unit in self.units.items():
+            counts = _sums(unit, kept.float())
+            here, inside = counts[unit], unit >= 0
+            needs.append(inside & (here == 0) & (int((counts > 0).sum()) >= self.most[name]))
+            frees.append(inside & (here == 1) & kept)
+        return torch.stack(needs, 1), torch.stack(frees, 1)
+
+
+def _units(space: NodeSpace, name: str) -> Tensor:
+    """Which node of a granularity each gate [node] of the free gate tensors is or lies in, counted over layers; -1 for none."""
+    shapes = {key: shape for key, shape in space.shapes.items() if key.granularity == name}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    ids = dict(zip(shapes, torch.arange(sum(sizes)).split(sizes), strict=True))
+    parts = []
+    for key in space.free():
+        unit, shape = GateKey(name, key.layer), space.shapes[key]
+        within = key == unit or unit in space.ancestors(key)
+        of = ids[unit].view(shapes[unit] + (1,) * (len(shape) - len(shapes[unit]))) if within else torch.tensor(-1)
+        parts.append(of.expand(shape).flatten())
+    return torch.cat(parts)
+
+
+def _sums(unit: Tensor, values: Tensor) -> Tensor:
+    """Sums of values [node] by unit; the last, for what is in none, is 0."""
+    sums = torch.zeros(int(unit.max()) + 2).index_add_(0, unit.where(unit >= 0, unit.max() + 1), values)
+    sums[-1] = 0
+    return sums
+
+
+def count_of(name: str, given: float | int, total: int) -> int:
+    """A share (float) or count (int) of so many nodes as a count. Raises ValueError where it is out of range, TypeError for no number."""
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise TypeError(f"{name}={given!r}; it must be a number.")
+    is_share = isinstance(given, float)
+    count = round(given * total) if is_share and 0 < given <= 1 else 0 if is_share else given
+    if not 1 <= count <= total:
+        raise ValueError(f"{name}={given}; give a share above 0 and up to 1.0 as a float, or a count of 1 to {total} as an int.")
+    return int(count)
