@@ -15,6 +15,7 @@ from tl_nodeprune.hooks import find_nodes
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import baselines  # noqa: E402
+import designs  # noqa: E402
 import frontier  # noqa: E402
 import report  # noqa: E402
 
@@ -102,3 +103,19 @@ def test_the_quick_bench_writes_its_tables(tmp_path: Path) -> None:
     assert "plotly" in (tmp_path / "frontier.html").read_text() and held["runs"][0]["torch"]
     frontier.main(quick)
     assert json.loads((tmp_path / "results.json").read_text()) == held
+
+
+def test_the_designs_bench_cuts_each_design_to_the_budget(tmp_path: Path) -> None:
+    quick = ["--out", str(tmp_path), "--tasks", "toy/ioi", "--steps", "6", "--finish-steps", "0", "--toy-prompts", "12"]
+    quick += ["--threads", str(torch.get_num_threads())]
+    tried = ["joint", "group", "coarse first", "ours, no finish"]
+    designs.main([*quick, "--designs", *tried])
+    held = json.loads((tmp_path / "results.json").read_text())["entries"]
+    assert [e["method"] for e in held] == tried
+    for e in held:
+        assert e["within_search_kl"] <= report.EQUAL_BUDGET and 0 < e["within"] < 1500 and e["nodes_kl"] > 0, e
+    assert len({e["nodes"] for e in held}) == len(held), "each design is another training"
+    designs.main([*quick, "--designs", "joint"])
+    assert json.loads((tmp_path / "results.json").read_text())["entries"] == held
+    with pytest.raises(SystemExit, match="other --out|another --out"):
+        designs.main([*quick, "--gate", "straight-through"])
