@@ -40,6 +40,7 @@ from tl_nodeprune.search import Search
 
 NEAR = 1.25  # times the budget
 
+
 def landscape(masks: NodeMasks, prompts: tlnp.PromptPairs) -> Landscape:
     """As `prune` has it at the bench's budget, its stand-ins for coarse hook points too."""
     sample = preference(masks.model, prompts, 64).sample()
