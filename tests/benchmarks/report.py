@@ -212,8 +212,7 @@ def planted_lines(results: Results) -> list[dict[str, str]]:
 
 def per_task(frame: pd.DataFrame) -> pd.DataFrame:
     """Medians over seeds, a row per task and method in the order of running."""
-    extra = frame["method"].str.startswith("ours, for paper")  # belongs to one seed's paper run
-    shown = frame[~extra & (frame["kind"] != "stability")]
+    shown = frame[frame["kind"] != "stability"]
     groups = shown.groupby(["task", "method"], sort=False)
     medians = groups[[name for name in COLUMNS if name != "seeds"]].median()
     return medians.assign(seeds=groups.size(), note=groups["note"].first().fillna("")).reset_index()
