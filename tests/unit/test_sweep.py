@@ -83,6 +83,17 @@ def test_executors_find_the_same(toy: Toy, few: tlnp.PromptPairs, found: tlnp.Sw
         assert len(pickle.dumps(two)) < 100_000, "a result holds no model"
 
 
+def test_steps_and_batch_size_reach_each_search(toy: Toy, few: tlnp.PromptPairs) -> None:
+    """Fewer steps are fewer; the batch size is memory, not result."""
+    circuits = []
+    for batch_size in (2, 64):
+        (run,) = tlnp.sweep(toy[0], few, max_kl=(0.1,), seeds=(0,), granularities=("head",), steps=3, batch_size=batch_size,
+                            progress=False).runs
+        assert len(run.result.history) == 3
+        circuits.append(run.result.circuit)
+    assert circuits[0] == circuits[1]
+
+
 def fails(few: tlnp.PromptPairs, model: Any, **options: Any) -> tlnp.Sweep:
     return tlnp.sweep(model, few, max_kl=(0.1,), seeds=(0, 1, 2), granularities=("mlp",), progress=False, **options)
 
