@@ -13,6 +13,7 @@ from tl_nodeprune.objective import kl_divergence
 RADIUS, WIDEST, WIDEN, NARROW, TRUSTED, DOUBTED = 0.1, 0.2, 1.3, 2.0, 0.7, 0.3
 ALL_NODES, LEAST_HINGE = 16384, 0.01
 SETTLED, STILL = 0.003, 3  # stop when as many rounds in a row bring less than this share
+STALE = 0.95  # exact tests go by the prices of one circuit until this share of it is left
 
 Move = list[int]
 
@@ -30,6 +31,7 @@ class Refinement:
         self.landscape, self.budget, self.scores = landscape, landscape.budget, scores
         self.generator, self.record = generator, record
         self._prices: list[float] = []
+        self._priced: Quadratic | None = None
         self.everything, n = rows, len(rows)
         self.rows = rows if n <= step_prompts else rows[torch.randperm(n, generator=generator)[:step_prompts]]
         self.best = landscape.snapshot(start.kept, rows)
@@ -151,10 +153,12 @@ class Refinement:
         """What each group's removal would cost by the quadratic model, or by the scores for a loss that has none."""
         if self.budget.loss is not kl_divergence:
             return torch.stack([self.scores[group][self.best.kept[group]].sum() for group in groups]) if groups else torch.zeros(0)
-        model = self.landscape.quadratic(self.best.kept, self.rows, self.best.kept.nonzero()[:, 0], self.generator)
+        if self._priced is None or self.best.size < STALE * len(self._priced.nodes):
+            self._priced = self.landscape.quadratic(self.best.kept, self.rows, self.best.kept.nonzero()[:, 0], self.generator)
         place = torch.full((self.landscape.n,), -1)
-        place[model.nodes] = torch.arange(len(model.nodes))
-        return torch.stack([model.cost_of_closing(place[group][place[group] >= 0]) for group in groups]) if groups else torch.zeros(0)
+        place[self._priced.nodes] = torch.arange(len(self._priced.nodes))
+        live = (group[self.best.kept[group]] for group in groups)
+        return torch.stack([self._priced.cost_of_closing(place[group]) for group in live]) if groups else torch.zeros(0)
 
     def _fits(self, kept: Tensor) -> bool:
         """Whether a circuit is within the budget; for KL, which is never below 0, some prompts can be enough to say no."""

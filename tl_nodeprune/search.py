@@ -29,10 +29,12 @@ class Search:
         self.generator, self.step_prompts = generator, step_prompts
         self.everything = rows
         self.best: Snapshot | None = None
+        self.nearest: Snapshot | None = None  # to the budget, of those outside it
         self.start, self.first_step, self.taken = start, first_step, 0
 
     def run(self) -> Snapshot:
-        """Start from integrated gradients, threshold and step until nothing improves, then trim."""
+        """Start from integrated gradients, threshold and step until nothing improves, then trim. Where nothing was within the budget, the
+        nearest to it."""
         self.path_gradient = self._path_gradient()
         self.scores = -self.path_gradient / _rms(self.path_gradient)
         if self.start is not None:
@@ -49,7 +51,9 @@ class Search:
                 lowest = float("inf")
             if stale >= PATIENCE * WINDOW and self.best:
                 break
-        return self._trim(self.best) if self.best and self.budget.smallest else self.best or self.grow(k, self.everything)
+        if self.best and self.budget.smallest:
+            return self._trim(self.best)
+        return self.best or self.nearest or self.grow(k, self.everything)
 
     def _rows(self) -> Tensor:
         rows = self.everything
@@ -92,6 +96,8 @@ class Search:
         found = Snapshot(kept, self.budget.violation(measured), measured, self.landscape.ablation_now(), self.scores)
         if self.budget.better(found, self.best) and (len(rows) < len(self.everything) or self.landscape.constants):
             found = self.landscape.snapshot(kept, self.everything, self.scores)  # on all prompts, with constants that moved on
+        if self.nearest is None or found.violation < self.nearest.violation:
+            self.nearest = found
         if improved := self.budget.better(found, self.best):
             self.best = found
         gradient = gradient.cpu()
