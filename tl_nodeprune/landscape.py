@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from tl_nodeprune.objective import LossFn, Reference, check_finite, choice_hinge
 from tl_nodeprune.prompts import PromptPairs
 
 HINGE_WEIGHT, DISAGREEMENT = 0.2, 0.02
+FIRST_LOOK = 16  # prompts
 
 Record = Callable[[int, float, int, float], None]
 
@@ -118,7 +120,7 @@ class Quadratic:
 class Landscape:
     """Losses and gradients of circuits, given as one flat vector of gates [node] over all free gate tensors.
 
-    groups: of the reference's prompts, see `Preference.sample`; a circuit is judged by its worst group.
+    groups: [prompt] int, of the reference's prompts, see `Preference.sample`; a circuit is judged by its worst group.
     A coarse gate that is covered follows what is below it.
     """
 
@@ -138,10 +140,10 @@ class Landscape:
     def circuit(self, kept: Tensor, ablation: Ablation) -> Circuit:
         return Circuit(self.space, self.gates(kept.float()), ablation)
 
-    def measure(self, flat: Tensor, rows: Tensor) -> Measured:
-        """Run gates [node] on some of the prompts."""
+    def measure(self, flat: Tensor, rows: Tensor, limit: float = math.inf) -> Measured:
+        """Run gates [node] on some of the prompts, for KL only until the violation is above `limit`: what is left can only add to it."""
         with torch.no_grad():
-            return self._accumulate(flat, rows, step=None)
+            return self._accumulate(flat, rows, step=None, limit=limit if self.budget.loss is kl_divergence else math.inf)
 
     def gradient(self, flat: Tensor, rows: Tensor, step: int) -> tuple[Measured, Tensor]:
         """`measure`, and the gradient of loss + hinge to the gates [node]. Raises FloatingPointError for NaN or inf logits."""
@@ -155,9 +157,11 @@ class Landscape:
         assert leaf.grad is not None
         return measured, leaf.grad
 
-    def _accumulate(self, flat: Tensor, rows: Tensor, step: int | None) -> Measured:
-        losses, wrong, hinges = [], 0.0, 0.0
-        for chunk in self.reference.chunks(rows):
+    def _accumulate(self, flat: Tensor, rows: Tensor, step: int | None, limit: float = math.inf) -> Measured:
+        sums, sizes = torch.zeros(int(self.groups.max()) + 1), self.groups[rows].bincount()
+        wrong = hinges = 0.0
+        measured = Measured(0.0, 0.0, 0.0)
+        for chunk in self._chunks(rows, look_first=limit < math.inf):
             prompts, full = self.reference.prompts[chunk], self.reference.full[chunk.to(self.reference.full.device)]
             logits = self._run(flat, chunk)
             check_finite(logits, "the circuit" if step is None else f"the circuit at step {step}")
@@ -170,10 +174,19 @@ class Landscape:
                 wrong += float((prompts.logit_diff(logits.detach()) * prompts.logit_diff(full) < 0).sum())
             if flat.requires_grad:
                 (wanted.sum() / len(rows)).backward()
-            losses.append(loss.detach().cpu())
-        per_prompt, group = torch.cat(losses), self.groups[rows]
-        worst = max(float(per_prompt[group == g].mean()) for g in group.unique())
-        return Measured(worst, wrong / len(rows), hinges / len(rows))
+            sums.index_add_(0, self.groups[chunk], loss.detach().cpu().float())
+            measured = Measured(_worst(sums, sizes), wrong / len(rows), hinges / len(rows))
+            if self.budget.violation(measured) > limit:
+                break
+        return measured
+
+    def _chunks(self, rows: Tensor, *, look_first: bool) -> Iterator[Tensor]:
+        """Prompt indices in pieces of the batch size; with `look_first` a few from all over come first."""
+        if look_first and len(rows) >= 2 * FIRST_LOOK:
+            few = torch.arange(len(rows)) % (len(rows) // FIRST_LOOK) == 0
+            yield rows[few]
+            rows = rows[~few]
+        yield from self.reference.chunks(rows)
 
     def quadratic(self, kept: Tensor, rows: Tensor, nodes: Tensor, generator: torch.Generator) -> Quadratic:
         """The loss + hinge near a binary circuit as a quadratic of the gates of `nodes` [c] (Gauss-Newton).
@@ -210,9 +223,9 @@ class Landscape:
             masks[key.hook] = piece.view(*lead, *shape, *[1] * (rank - len(shape)))
         return masks
 
-    def snapshot(self, kept: Tensor, rows: Tensor, scores: Tensor | None = None) -> Snapshot:
-        """A binary circuit, measured with the constants as they are now."""
-        measured = self.measure(kept.float().to(self.reference.full.device), rows)
+    def snapshot(self, kept: Tensor, rows: Tensor, scores: Tensor | None = None, limit: float = math.inf) -> Snapshot:
+        """A binary circuit, measured with the constants as they are now, and above the violation `limit` only as far as to know that."""
+        measured = self.measure(kept.float().to(self.reference.full.device), rows, limit)
         return Snapshot(kept, self.budget.violation(measured), measured, self.ablation_now(), scores)
 
     def restore(self, ablation: Ablation) -> None:
@@ -249,6 +262,11 @@ def _learned(reference: Reference) -> dict[str, Tensor]:
     if reference.ablation.name != "optimal":
         return {}
     return {hook: value.detach().clone().requires_grad_(True) for hook, value in reference.ablation.constants.items()}
+
+
+def _worst(sums: Tensor, sizes: Tensor) -> float:
+    """The highest mean of the groups that have prompts."""
+    return float((sums[: len(sizes)] / sizes)[sizes > 0].max())
 
 
 def _check_loss(loss: Tensor, n: int, step: int | None) -> None:

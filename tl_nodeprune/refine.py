@@ -110,7 +110,8 @@ class Refinement:
             kept[nodes[i]] = ~kept[nodes[i]]
         if not self.budget.allows(kept):
             return False
-        found = self.landscape.snapshot(kept, self.everything)
+        limit = max(self.best.violation, 1.0) if self.budget.smallest else self.best.violation
+        found = self.landscape.snapshot(kept, self.everything, limit=limit)
         better = self.budget.better(found, self.best) and found.measured.hinge <= self._hinge_limit
         if better:
             self.best = found
@@ -142,8 +143,9 @@ class Refinement:
             if int(kept.sum()) == self.best.size:
                 continue
             tests += 1
-            if self._fits(kept):
-                self.best = self.landscape.snapshot(kept, self.everything)
+            found = self.landscape.snapshot(kept, self.everything, limit=1)
+            if found.violation <= 1 and found.measured.hinge <= self._hinge_limit:
+                self.best = found
                 waiting, failed = waiting + failed, []
             else:
                 failed.append(group)
@@ -159,16 +161,6 @@ class Refinement:
         place[self._priced.nodes] = torch.arange(len(self._priced.nodes))
         live = (group[self.best.kept[group]] for group in groups)
         return torch.stack([self._priced.cost_of_closing(place[group]) for group in live]) if groups else torch.zeros(0)
-
-    def _fits(self, kept: Tensor) -> bool:
-        """Whether a circuit is within the budget; for KL, which is never below 0, some prompts can be enough to say no."""
-        groups = self.landscape.groups[self.everything]
-        given = self.everything[groups == groups[0]]
-        some = given[:: max(len(given) // 16, 1)]
-        if self.budget.loss is kl_divergence and self.landscape.snapshot(kept, some).loss * len(some) > self.budget.max_loss * len(given):
-            return False
-        found = self.landscape.snapshot(kept, self.everything)
-        return found.violation <= 1 and found.measured.hinge <= self._hinge_limit
 
 
 def _exchange(model: Quadratic) -> Move | None:

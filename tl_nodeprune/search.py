@@ -138,7 +138,7 @@ class Search:
         found = high
         while low < high:
             middle = (low + high) // 2
-            if self.landscape.snapshot(self._top(middle, order), rows).violation <= 1:
+            if self.landscape.snapshot(self._top(middle, order), rows, limit=1).violation <= 1:
                 found = high = middle
             else:
                 low = middle + 1

@@ -93,7 +93,7 @@ def main(shape: str = "six") -> dict[str, tuple[float, float]]:
     masks = tlnp.add_node_masks(model)
     with masks.inactive():
         reference = Reference(model, prompts, masks.ablation, masks.space.hooks)
-    landscape = Landscape(masks.space, reference, Budget(), torch.zeros(len(prompts)))
+    landscape = Landscape(masks.space, reference, Budget(), torch.zeros(len(prompts), dtype=torch.long))
     rows, flat, generator = torch.arange(16), (torch.rand(landscape.n) > 0.5).float(), torch.Generator().manual_seed(0)
 
     def search_step() -> None:

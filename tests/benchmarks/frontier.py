@@ -203,7 +203,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
                         help=f"some of {', '.join([*TOYS, *STORIES])}; planted alone leaves the others out")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--lams", nargs="+", type=float, default=list(LAMS))
-    parser.add_argument("--summed-lams", nargs="+", type=float, default=[0.95], help="of the paper's objective with its penalty summed")
+    parser.add_argument("--summed-lams", nargs="*", type=float, default=[0.95], help="of the paper's objective with its penalty summed")
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help=f"{EQUAL_BUDGET} is always among them")
     parser.add_argument("--paper-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=300, help="of our searches, at most")

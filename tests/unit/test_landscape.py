@@ -21,7 +21,7 @@ def landscape_of(toy: Toy, granularities: tuple[str, ...] | None = None) -> Land
     space = find_nodes(model).restrict(granularities)
     hooks = tuple(dict.fromkeys(key.hook for key in space.free()))
     reference = Reference(model, prompts, tlnp.Ablation(), hooks, batch_size=10)
-    return Landscape(space, reference, Budget(), torch.zeros(len(prompts)))
+    return Landscape(space, reference, Budget(), torch.zeros(len(prompts), dtype=torch.long))
 
 
 @pytest.mark.parametrize("granularities", [None, ("head", "mlp"), ("layer", "attn", "mlp_neuron"), ("attn_neuron", "mlp_out")])
@@ -48,6 +48,30 @@ def test_the_quadratic_foretells_single_removals(frozen_toy: Toy) -> None:
     foretold = model.costs()[some]
     assert torch.corrcoef(torch.stack([foretold, torch.tensor(measured)]))[0, 1] > 0.9
     assert 0.5 < float(foretold.sum()) / sum(measured) < 2
+
+
+def test_a_limit_only_cuts_short_what_is_above_it(frozen_toy: Toy) -> None:
+    """Below the limit a measurement is the whole one, above it the violation says so, from fewer prompts."""
+    landscape, rows = landscape_of(frozen_toy), torch.arange(len(frozen_toy[1]))
+    landscape.groups[len(rows) // 2 :] = 1
+    forwards: list[int] = []
+    frozen_toy[0].add_hook("blocks.0.hook_resid_pre", lambda value, hook: forwards.append(len(value)))
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for share in (0.0, 0.5, 0.9, 0.99, 1.0):
+            kept = torch.rand(landscape.n, generator=generator) < share
+            whole = landscape.snapshot(kept, rows)
+            forwards.clear()
+            for limit in (whole.violation * 1.01, whole.violation * 0.99, whole.violation / 4):
+                found = landscape.snapshot(kept, rows, limit=limit)
+                assert (found.violation > limit) == (whole.violation > limit)
+                assert found.violation <= whole.violation * (1 + 1e-5)
+                if limit > whole.violation:
+                    assert found.measured == pytest.approx(whole.measured, rel=1e-5)
+            if share == 0:
+                assert sum(forwards) < 3 * len(rows)
+    finally:
+        frozen_toy[0].reset_hooks()
 
 
 def test_flipping_adds_up_and_back() -> None:
