@@ -72,7 +72,7 @@ def prune(
     masks: NodeMasks, prompts: PromptPairs, *, max_kl: float | None = None,
     max_nodes: float | int | Mapping[str, float | int] | None = None, loss: LossFn | None = None, max_loss: float | None = None,
     objective: PaperObjective | None = None, start: Circuit | None = None, steps: int = 200, exact_tests: int = 16,
-    batch_size: int = 64, step_prompts: int = 128, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True,
+    batch_size: int = 64, step_prompts: int = 64, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True,
 ) -> PruneResult:
     """The smallest circuit whose KL(full || circuit) at the answer positions is at most `max_kl` nats, or the most faithful
     one of at most `max_nodes` nodes. The masks are left at that circuit, still attached.

@@ -12,6 +12,7 @@ from tl_nodeprune.objective import kl_divergence
 
 RADIUS, WIDEST, WIDEN, NARROW, TRUSTED, DOUBTED = 0.1, 0.2, 1.3, 2.0, 0.7, 0.3
 ALL_NODES, LEAST_HINGE = 16384, 0.01
+MODEL_PROMPTS = 128  # that the quadratic is of, where there are as many
 SETTLED, STILL = 0.003, 3  # stop when as many rounds in a row bring less than this share
 STALE = 0.95  # exact tests go by the prices of one circuit until this share of it is left
 
@@ -33,7 +34,8 @@ class Refinement:
         self._prices: list[float] = []
         self._priced: Quadratic | None = None
         self.everything, n = rows, len(rows)
-        self.rows = rows if n <= step_prompts else rows[torch.randperm(n, generator=generator)[:step_prompts]]
+        some = max(step_prompts, MODEL_PROMPTS)
+        self.rows = rows if n <= some else rows[torch.randperm(n, generator=generator)[:some]]
         self.best = landscape.snapshot(start.kept, rows)
         self._hinge_limit = max(self.best.measured.hinge, LEAST_HINGE)
 

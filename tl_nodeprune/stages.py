@@ -17,6 +17,7 @@ ROUND_COST = 12  # steps of the search that are worth one round of the refinemen
 FOLDS, FEWEST_TO_HOLD = 4, 16  # parts of the pairs, each held out once for the gap; from how many pairs on
 GAP_COST = 20  # one step in so many goes to each fold's search
 FRESH, TIGHTEST = 1.5, 0.4  # KL on fresh pairs over the budget, at most; the tightest budget over that asked for
+NEARLY = 1.05  # a violation of the tighter budget, an estimate, that nothing is paid to get rid of
 MOST = 2  # times the nodes that a cut through the scores may take to meet a budget that opening nodes does not
 
 
@@ -75,12 +76,12 @@ class Stages:
 
     def _found_by_scores(self, search: Search) -> bool:
         """Whether the tighter budget is better met by a cut through the search's own scores: where nodes matter alike for all prompts,
-        those generalise better than nodes opened one by one. Where opening does not meet it, not at any size."""
+        those generalise better than nodes opened one by one. Where opening does not meet it, at up to `MOST` times the size."""
         if self.budget.max_size is not None:
             return False
         cut = search.cut()
-        worth_it = self.best.violation <= 1 or cut.size <= MOST * self.best.size
-        if better := worth_it and self.landscape.budget.better(cut, self.best):
+        most = self.best.size - 1 if self.best.violation <= NEARLY else MOST * self.best.size
+        if better := cut.violation <= 1 and cut.size <= most:
             self.best = cut
         return better
 

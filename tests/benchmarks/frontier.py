@@ -206,7 +206,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--summed-lams", nargs="*", type=float, default=[0.95], help="of the paper's objective with its penalty summed")
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help=f"{EQUAL_BUDGET} is always among them")
     parser.add_argument("--paper-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=300, help="of our searches, at most")
+    parser.add_argument("--steps", type=int, default=200, help="of our searches, at most")
     parser.add_argument("--toy-prompts", type=int, default=100, help="of each task of the embedded model")
     parser.add_argument("--parts", nargs="+", default=list(Bench.PARTS), choices=list(Bench.PARTS), metavar="PART",
                         help=f"some of {', '.join(Bench.PARTS)}; equal needs ours")
