@@ -40,8 +40,7 @@ def history(result: PruneResult, *, task: str = "") -> go.Figure:
         fig.add_trace(go.Scatter(x=table["step"].to_numpy(), y=table[column].to_numpy(), mode="lines", name=label, text=text,
                                  hovertemplate="%{text}<extra></extra>"), row=row, col=1)
         fig.update_yaxes(title_text=label, row=row, col=1)
-    if (table["kl"] > 0).all():
-        fig.update_yaxes(**_log(True), row=1, col=1)
+    fig.update_yaxes(**_scale(table["kl"]), row=1, col=1)
     fig.add_hline(y=result.kl, line_dash="dash", line_width=1, row=1, col=1)
     fig.add_hline(y=result.circuit.size, line_dash="dash", line_width=1, row=2, col=1)
     fig.update_xaxes(title_text="step", row=3, col=1)
@@ -64,9 +63,8 @@ def frontier(*sources: Sweep | pd.DataFrame, task: str = "") -> go.Figure:
     for i, (method, rows) in enumerate(points.groupby("method", sort=False)):
         for is_run, some in rows.groupby("run"):
             fig.add_trace(_curve(some.sort_values("size"), html.escape(str(method)), qualitative.Plotly[i % 10], faint=bool(is_run)))
-    positive = (points[["size", "kl"]] > 0).all()
-    fig.update_xaxes(title_text="leaf nodes kept", **_log(positive["size"]))
-    fig.update_yaxes(title_text="KL(full || circuit), nats", **_log(positive["kl"]))
+    fig.update_xaxes(title_text="leaf nodes kept", **_scale(points["size"]))
+    fig.update_yaxes(title_text="KL(full || circuit), nats", **_scale(points["kl"]))
     held_out = "KL on held-out prompts" if all(isinstance(source, Sweep) for source in sources) else ""
     facts = " · ".join(part for part in (html.escape(task), held_out, "lower and further left is better") if part)
     return fig.update_layout(height=480, margin={"t": 70}, title=title("Size against faithfulness", facts))
@@ -104,8 +102,11 @@ def agreement(circuit: Circuit | PruneResult, effects: Values, *, task: str = ""
                              title=heading("Mask against effects of single nodes", circuit, task))
 
 
-def _log(wanted: bool) -> dict[str, Any]:
-    return {"type": "log", "dtick": "D2"} if wanted else {"type": "linear"}
+def _scale(values: pd.Series[float]) -> dict[str, Any]:
+    """A logarithmic axis where it can be, with ticks at 1, 2 and 5 or, within a power of ten, where plotly sets them."""
+    if not (values > 0).all():
+        return {"type": "linear"}
+    return {"type": "log", "tickformat": ",~g", "dtick": "D2" if values.max() > 10 * values.min() else None}
 
 
 def _curve(points: pd.DataFrame, method: str, colour: str, *, faint: bool) -> go.Scatter:
