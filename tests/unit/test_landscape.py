@@ -119,3 +119,13 @@ def test_a_search_cut_anew_meets_another_budget_by_the_scores_it_was_cut_from(fr
     fewer = torch.zeros_like(cut.kept)
     fewer[scores.topk(cut.size - 1).indices] = True
     assert bool((fewer <= cut.kept).all()) and landscape.snapshot(fewer, rows).violation > 1
+
+
+def test_a_search_that_meets_no_budget_gives_the_nearest_circuit(frozen_toy: Toy) -> None:
+    landscape, rows = landscape_of(frozen_toy, ("head", "mlp")), torch.arange(len(frozen_toy[1]))
+    landscape.budget, losses = Budget(max_loss=1e-6), list[float]()
+    search = Search(landscape, rows, steps=8, step_prompts=64, generator=torch.Generator().manual_seed(0),
+                    record=lambda step, loss, size, score: losses.append(loss))
+    found = search.run()
+    assert search.best is None and len(losses) == 8 and min(losses) > 1e-6
+    assert found.size < landscape.n and found.loss == min(losses) == pytest.approx(landscape.snapshot(found.kept, rows).loss, rel=1e-5)
