@@ -233,7 +233,11 @@ def write(results: Results) -> None:
     """table.md and frontier.html for all that is there so far."""
     frame = results.frame()
     tasks = per_task(frame) if len(frame) else pd.DataFrame(columns=["task"])
-    about = "\n".join(f"- run {i}: " + ", ".join(f"{name} {value}" for name, value in run.items()) for i, run in enumerate(results.runs))
+    calls: dict[str, list[str]] = {}
+    for run in results.runs:
+        where = ", ".join(f"{name} {value}" for name, value in run.items() if name != "started")
+        calls.setdefault(where, []).append(str(run["started"]))
+    about = "\n".join(f"- {len(times)} calls, first on {min(times)}: {where}" for where, times in calls.items())
     parts = ["# Size against faithfulness\n", NOTES, f"Settings: {json.dumps(results.settings)}\n\n{about}\n", "## Figures to reach\n",
              markdown(summary(results, frame))]
     for task, table in tasks.groupby("task", sort=False):
