@@ -18,7 +18,8 @@ from tl_nodeprune.nodes import GateKey, Gates, NodeSpace
 from tl_nodeprune.objective import LossFn, Reference, check_finite, choice_hinge, fisher_probes, kl_divergence
 from tl_nodeprune.prompts import PromptPairs
 
-HINGE_WEIGHT, DISAGREEMENT = 0.2, 0.02
+HINGE_WEIGHT = 0.2
+DISAGREEMENT, PER_NAT = 0.02, 0.4  # share of prompts on which a circuit may choose otherwise: at least; of each nat of the budget
 FIRST_LOOK = 16  # prompts
 
 Record = Callable[[int, float, int, float], None]
@@ -37,12 +38,14 @@ class Measured(NamedTuple):
 class Budget:
     """What a circuit must keep: the loss, and for KL also the choice between answer and wrong answer.
 
-    loss: what `max_loss` bounds (mean over prompts). max_size: leaf nodes at most. limits: nodes of single granularities
-    at most. With neither, as few nodes as the loss allows.
+    loss: what `max_loss` bounds (mean over prompts). agreement: share of the prompts with the full model's choice, at least; None: what
+    goes with the loss. max_size: leaf nodes at most. limits: nodes of single granularities at most. With neither, as few nodes as the
+    loss allows.
     """
 
     loss: LossFn = kl_divergence
     max_loss: float = 0.05
+    agreement: float | None = None
     max_size: int | None = None
     limits: Limits | None = None
 
@@ -57,7 +60,8 @@ class Budget:
 
     def violation(self, measured: Measured) -> float:
         """At most 1 when within the budget."""
-        return max(measured.loss / self.max_loss, measured.disagreement / DISAGREEMENT)
+        allowed = max(DISAGREEMENT, PER_NAT * self.max_loss) if self.agreement is None else 1 - self.agreement
+        return max(measured.loss / self.max_loss, measured.disagreement / max(allowed, 1e-9))
 
     def better(self, new: Snapshot, old: Snapshot | None) -> bool:
         """Smaller within the budget, or of one size and further within it; for a fixed size or within limits, further within it."""

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -69,7 +69,7 @@ class PruneResult:
 
 
 def prune(
-    masks: NodeMasks, prompts: PromptPairs, *, max_kl: float | None = None,
+    masks: NodeMasks, prompts: PromptPairs, *, max_kl: float | None = None, agreement: float | None = None,
     max_nodes: float | int | Mapping[str, float | int] | None = None, loss: LossFn | None = None, max_loss: float | None = None,
     objective: PaperObjective | None = None, start: Circuit | None = None, steps: int = 200, exact_tests: int = 16,
     batch_size: int = 64, step_prompts: int = 64, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True,
@@ -84,14 +84,15 @@ def prune(
     max_nodes as a mapping: a share or count of each granularity named, as {"head": 3, "mlp_neuron": 0.05}; the most faithful circuit
         with at most so many of each live is sought. A head, block or layer counts as one while anything in it is live. Granularities
         that are not named are not limited: their nodes stay open except where closing them clearly makes the circuit more faithful.
+    agreement: with max_kl, share of the prompts on which the circuit must choose between answer and wrong answer as the full model does;
+        by default 0.98, or 1 - 0.4 * max_kl where that is less. 0.98 with a large max_kl asks for the choice alone.
     start: a circuit to start from, say that of a smaller budget, instead of integrated gradients alone.
     steps: at most; the search stops earlier when nothing improves. step_prompts: prompts per step, more are drawn from at random.
     exact_tests: single nodes whose removal is tried exactly at the end, the likeliest first; heads and blocks always are, all of them.
     batch_size: prompts per forward (memory, not result). cache_bytes: stand-ins are kept up to this, recomputed above.
     seed: same seed, same machine, same circuit.
 
-    With max_kl the circuit must also choose between answer and wrong answer as the full model does on 98 % of the prompts; and
-    where the full model on corrupted prompts prefers the wrong answer, as when the corruption swaps two names, those pairs
+    Where, with max_kl, the full model on corrupted prompts prefers the wrong answer, as when the corruption swaps two names, those pairs
     are searched on in both directions, which makes the circuit hold on fresh prompts (docs/decisions). Where 7 pairs or more show
     no preference of the full model for the answer on the clean prompts, no circuit is claimed: a warning, and `converged` is False.
 
@@ -101,6 +102,8 @@ def prune(
     or the loss are NaN or inf. The model and the masks are then as before.
     """
     budget = _budget(masks, max_kl, max_nodes, loss, max_loss, objective)
+    if agreement is not None:
+        budget = replace(budget, agreement=_agreement(agreement, max_kl))
     model = _ready(masks, prompts, start)
     check_counts(steps=steps, batch_size=batch_size, step_prompts=step_prompts)
     check_counts(0, exact_tests=exact_tests)
@@ -181,6 +184,16 @@ def _budget(masks: NodeMasks, max_kl: float | None, max_nodes: float | int | Map
     if limit is not None:
         return Budget(loss or kl_divergence, limit)
     return Budget(max_size=None if max_nodes is None else count_of("max_nodes", max_nodes, masks.space.free_total()))
+
+
+def _agreement(agreement: float, max_kl: float | None) -> float:
+    if max_kl is None:
+        raise ValueError(f"agreement={agreement} goes with max_kl; give that too.")
+    if isinstance(agreement, bool) or not isinstance(agreement, int | float):
+        raise TypeError(f"agreement={agreement!r}; it must be a number.")
+    if not 0 <= agreement <= 1:
+        raise ValueError(f"agreement={agreement}; it is a share of the prompts, 0 to 1.")
+    return float(agreement)
 
 
 def _ready(masks: NodeMasks, prompts: PromptPairs, start: Circuit | None) -> Any:

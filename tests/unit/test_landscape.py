@@ -9,7 +9,7 @@ import torch
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.hooks import find_nodes
-from tl_nodeprune.landscape import Budget, Landscape, Quadratic
+from tl_nodeprune.landscape import Budget, Landscape, Measured, Quadratic
 from tl_nodeprune.objective import Reference, fisher_probes
 from tl_nodeprune.search import Search
 
@@ -72,6 +72,15 @@ def test_a_limit_only_cuts_short_what_is_above_it(frozen_toy: Toy) -> None:
                 assert sum(forwards) < 3 * len(rows)
     finally:
         frozen_toy[0].reset_hooks()
+
+
+@pytest.mark.parametrize(("max_loss", "agreement", "allowed"), [
+    (0.05, None, 0.02), (0.01, None, 0.02), (0.5, None, 0.2), (0.5, 0.98, 0.02), (0.01, 0.9, 0.1)])
+def test_what_a_budget_allows(max_loss: float, agreement: float | None, allowed: float) -> None:
+    budget = Budget(max_loss=max_loss, agreement=agreement)
+    assert budget.violation(Measured(max_loss, 0.0, 0.0)) == pytest.approx(1)
+    assert budget.violation(Measured(0.0, allowed, 0.0)) == pytest.approx(1)
+    assert Budget(agreement=1.0).violation(Measured(0.0, 0.0, 0.0)) == 0 and Budget(agreement=1.0).violation(Measured(0.0, 0.001, 0.0)) > 1
 
 
 def test_flipping_adds_up_and_back() -> None:

@@ -41,11 +41,20 @@ def any_loss(logits: Tensor, full: Tensor, prompts: tlnp.PromptPairs) -> Tensor:
     ({"max_kl": 0.1, "steps": 0}, "steps=0"),
     ({"max_kl": 0.1, "batch_size": -1}, "batch_size=-1"),
     ({"max_kl": 0.1, "step_prompts": 0}, "step_prompts=0"),
+    *[({"max_kl": 0.1, "agreement": value}, f"agreement={value}; it is a share") for value in (-0.1, 1.01, math.nan)],
+    ({"max_nodes": 5, "agreement": 0.9}, "agreement=0.9 goes with max_kl"),
 ])
 def test_refuses_a_budget_that_is_none(toy: Toy, masks: tlnp.NodeMasks, budget: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         masks.prune(toy[1], progress=False, **budget)
     assert masks.attached and masks.to_circuit() == tlnp.Circuit.full(masks.space)
+
+
+def test_a_loose_budget_asks_for_the_choice_less_strictly_unless_told_to(toy: Toy, masks: tlnp.NodeMasks) -> None:
+    loose, strict = (masks.prune(toy[1], max_kl=2.0, steps=30, exact_tests=0, progress=False, **more) for more in ({}, {"agreement": 1.0}))
+    alike = [tlnp.evaluate(toy[0], found.circuit, toy[1]).accuracy for found in (loose, strict)]
+    assert max(loose.kl, strict.kl) <= 2 and loose.circuit.size < strict.circuit.size
+    assert alike[0] >= 1 - 0.4 * 2 and alike[1] == 1
 
 
 @pytest.mark.parametrize("options", [{"lam": 1.5}, {"lam": -0.1}, {"steps": 0}, {"batch_size": 0}])
