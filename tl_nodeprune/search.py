@@ -53,7 +53,9 @@ class Search:
                 break
         if self.best and self.budget.smallest:
             return self._trim(self.best)
-        return self.best or self.nearest or self.grow(k, self.everything)
+        found = self.best or self.nearest
+        assert found is not None  # there is a step
+        return found
 
     def _rows(self) -> Tensor:
         rows = self.everything
