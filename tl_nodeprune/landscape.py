@@ -19,7 +19,7 @@ from tl_nodeprune.objective import LossFn, Reference, check_finite, choice_hinge
 from tl_nodeprune.prompts import PromptPairs
 
 HINGE_WEIGHT = 0.2
-DISAGREEMENT, PER_NAT = 0.02, 0.4  # share of prompts on which a budget lets the choice differ; for each of its nats, if that is more
+DISAGREEMENT, PER_NAT = 0.02, 0.4  # share of prompts on which the choice may differ: at any budget, for each of its nats
 FIRST_LOOK = 16  # prompts
 
 Record = Callable[[int, float, int, float], None]
