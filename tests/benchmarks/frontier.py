@@ -131,7 +131,8 @@ class Bench:
             start = time.process_time()
             result = masks.prune(self.train, seed=search_seed, progress=False, **search)
         self.add(kind, method, result.circuit, seconds=time.process_time() - start, converged=result.converged, train_kl=result.kl,
-                 minimal=result.minimal, gap=result.gap, search_seed=search_seed, steps=len(result.history), max_kl=search.get("max_kl"), **(noted or {}))
+                 minimal=result.minimal, gap=result.gap, search_seed=search_seed, steps=len(result.history),
+                 max_kl=search.get("max_kl"), **(noted or {}))
 
     def add(self, kind: str, method: str, circuit: tlnp.Circuit, **noted: Any) -> None:
         circuit = baselines.lift(circuit, self.space)
