@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -96,14 +96,12 @@ def prune(
     are searched on in both directions, which makes the circuit hold on fresh prompts (docs/decisions). Where 7 pairs or more show
     no preference of the full model for the answer on the clean prompts, no circuit is claimed: a warning, and `converged` is False.
 
-    Raises: ValueError for a budget that is missing, doubled, not above 0, or of nodes that these masks do not gate, prompts that do not
-    fit the model, or a start over other nodes; TypeError for what is no number or no PromptPairs; RuntimeError where the masks are not
-    attached, another circuit is applied, or the model is in training mode with dropout; FloatingPointError at the step where logits
-    or the loss are NaN or inf. The model and the masks are then as before.
+    Raises: ValueError for a budget that is missing, doubled, not above 0, or of nodes that these masks do not gate, an agreement that is
+    no share or without max_kl, prompts that do not fit the model, or a start over other nodes; TypeError for what is no number or no
+    PromptPairs; RuntimeError where the masks are not attached, another circuit is applied, or the model is in training mode with dropout;
+    FloatingPointError at the step where logits or the loss are NaN or inf. The model and the masks are then as before.
     """
-    budget = _budget(masks, max_kl, max_nodes, loss, max_loss, objective)
-    if agreement is not None:
-        budget = replace(budget, agreement=_agreement(agreement, max_kl))
+    budget = _budget(masks, max_kl, agreement, max_nodes, loss, max_loss, objective)
     model = _ready(masks, prompts, start)
     check_counts(steps=steps, batch_size=batch_size, step_prompts=step_prompts)
     check_counts(0, exact_tests=exact_tests)
@@ -165,35 +163,29 @@ def _restored_on_error(masks: NodeMasks) -> Iterator[None]:
         raise
 
 
-def _budget(masks: NodeMasks, max_kl: float | None, max_nodes: float | int | Mapping[str, float | int] | None, loss: LossFn | None,
-            max_loss: float | None, objective: PaperObjective | None) -> Budget:
+def _budget(masks: NodeMasks, max_kl: float | None, agreement: float | None, max_nodes: float | int | Mapping[str, float | int] | None,
+            loss: LossFn | None, max_loss: float | None, objective: PaperObjective | None) -> Budget:
     given: dict[str, Any] = {"max_kl": max_kl, "max_nodes": max_nodes, "max_loss": max_loss, "objective": objective}
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) != 1:
         raise ValueError(f"give exactly one of max_kl, max_nodes, loss with max_loss, or objective; got {' and '.join(chosen) or 'none'}.")
     if (loss is None) != (max_loss is None):
         raise ValueError("loss and max_loss go together: a loss of your own and what its mean may be at most.")
+    if agreement is not None and max_kl is None:
+        raise ValueError(f"agreement={agreement} goes with max_kl; give that too.")
     if isinstance(max_nodes, Mapping):
         return Budget(limits=Limits.of(masks.space, max_nodes))
-    for name, value in given.items():
+    for name, value in (given | {"agreement": agreement}).items():
         if name != "objective" and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise TypeError(f"{name}={value!r}; it must be a number.")
     limit = max_kl if max_kl is not None else max_loss
     if limit is not None and not 0 < limit < float("inf"):
         raise ValueError(f"{chosen[0]}={limit}; it must be a finite number above 0 (nats for max_kl; 0.05 is a good start).")
-    if limit is not None:
-        return Budget(loss or kl_divergence, limit)
-    return Budget(max_size=None if max_nodes is None else count_of("max_nodes", max_nodes, masks.space.free_total()))
-
-
-def _agreement(agreement: float, max_kl: float | None) -> float:
-    if max_kl is None:
-        raise ValueError(f"agreement={agreement} goes with max_kl; give that too.")
-    if isinstance(agreement, bool) or not isinstance(agreement, int | float):
-        raise TypeError(f"agreement={agreement!r}; it must be a number.")
-    if not 0 <= agreement <= 1:
+    if agreement is not None and not 0 <= agreement <= 1:
         raise ValueError(f"agreement={agreement}; it is a share of the prompts, 0 to 1.")
-    return float(agreement)
+    if limit is not None:
+        return Budget(loss or kl_divergence, limit, agreement)
+    return Budget(max_size=None if max_nodes is None else count_of("max_nodes", max_nodes, masks.space.free_total()))
 
 
 def _ready(masks: NodeMasks, prompts: PromptPairs, start: Circuit | None) -> Any:

@@ -155,7 +155,8 @@ def test_a_loss_of_ones_own_is_checked(toy: Toy, masks: tlnp.NodeMasks, loss: An
     assert masks.to_circuit() == tlnp.Circuit.full(masks.space)
 
 
-@pytest.mark.parametrize("budget", [{"max_kl": "a"}, {"max_nodes": "5"}, {"max_nodes": True}, {"max_loss": None, "max_kl": [0.1]}])
+@pytest.mark.parametrize("budget", [{"max_kl": "a"}, {"max_nodes": "5"}, {"max_nodes": True}, {"max_loss": None, "max_kl": [0.1]},
+                                    {"max_kl": 0.1, "agreement": "all"}])
 def test_budgets_must_be_numbers(toy: Toy, masks: tlnp.NodeMasks, budget: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="must be a number"):
         masks.prune(toy[1], **budget)
