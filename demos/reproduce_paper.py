@@ -20,7 +20,7 @@ import torch
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.cli import load_model
-from tl_nodeprune.hooks import find_nodes
+from tl_nodeprune.probe import find_nodes
 
 
 @dataclass(frozen=True)

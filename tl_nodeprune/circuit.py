@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation, batches
-from tl_nodeprune.hooks import Attachment, HookFn, answer_logits, check_ready, find_attachment, find_nodes, mask_hooks, temporary_hooks
+from tl_nodeprune.hooks import Attachment, HookFn, answer_logits, find_attachment, mask_hooks, temporary_hooks
 from tl_nodeprune.nodes import GateKey, Gates, NodeSpace, combine, count_parameters, settle
+from tl_nodeprune.probe import check_ready, find_nodes
 from tl_nodeprune.prompts import PromptPairs
 
 _FORMAT = "tl_nodeprune.circuit/1"
@@ -28,7 +29,8 @@ class Circuit(Mapping[str, Tensor]):
     """A frozen set of nodes. As a Mapping: hook name -> mask, 1 = kept, 0 = pruned, float32, at the hook's own shape.
 
     Always consistent: no live child under a closed parent, no live parent with nothing live below.
-    `&`, `|`, `~` work on leaf nodes; `~` keeps exactly the leaves that were pruned, except under a closed gate that has something
+    `&`, `|`, `~` work on leaf nodes, and like `==` and `iou` look at nodes only; the ablation stays that of the left circuit. `~`
+    keeps exactly the leaves that were pruned, except under a closed gate that has something
     ungated below it (a layer whose MLP is not gated): such a gate stays as it is.
     """
 
@@ -190,10 +192,14 @@ class Circuit(Mapping[str, Tensor]):
 
     @contextmanager
     def applied(self, model: Any, prompts: PromptPairs) -> Iterator[None]:
-        """Inside, every forward of the model on `prompts.clean` runs the circuit only; afterwards no hook is left."""
+        """Inside, every forward of the model on `prompts.clean` runs the circuit only; afterwards no hook is left.
+
+        Raises: what `fwd_hooks` raises; inside, ValueError for a forward on other prompts, whose stand-ins these would not be.
+        """
         attachment = Attachment(model, self.fwd_hooks(model, prompts), owner=self)
         try:
-            yield
+            with attachment.only_on(model, prompts.clean) if self.ablation.name == "interchange" else nullcontext():
+                yield
         finally:
             attachment.remove()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(command=_show_page)
     prune = commands.add_parser("prune", help="find a circuit in a model of yours")
     prune.add_argument("--max-kl", type=float, default=0.05, help="nats at the answer positions (default: %(default)s)")
+    prune.add_argument("--agreement", type=float, help="share of prompts answered as by the full model (default: 0.98 up to 0.05 nats)")
     prune.add_argument("--out", type=Path, required=True, help="folder for circuit.safetensors and report.json")
     prune.add_argument("--ablation", default="interchange", help="interchange, mean, zero or optimal (default: %(default)s)")
     prune.add_argument("--granularities", nargs="+", metavar="G", help=f"some of {', '.join(GRANULARITIES)} (default: all)")
@@ -113,12 +115,14 @@ def _prune(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {str(args.out)!r} is a file; give a folder, which need not exist yet.")
     model = load_model(args.model, args.device)
     train, test = _prompts(args, model).split(0.75, seed=args.seed)
-    result, report = _find(model, train, test, max_kl=args.max_kl, ablation=args.ablation, granularities=args.granularities, seed=args.seed)
+    result, report = _find(model, train, test, granularities=args.granularities, ablation=args.ablation, max_kl=args.max_kl,
+                           agreement=args.agreement, seed=args.seed)
     _show(result, report)
     args.out.mkdir(parents=True, exist_ok=True)
     result.circuit.save(args.out / "circuit.safetensors")
-    settings = {"model": args.model, "task": args.task, "max_kl": args.max_kl, "seed": args.seed, "prompts": len(train)}
-    (args.out / "report.json").write_text(json.dumps(_as_json(settings, result, report), indent=2) + "\n")
+    settings = {"model": args.model, "task": args.task, "max_kl": args.max_kl, "agreement": args.agreement, "seed": args.seed,
+                "prompts": len(train)}
+    (args.out / "report.json").write_text(json.dumps(_as_json(settings, result, report), indent=2, allow_nan=False) + "\n")
     print(f"Written: {args.out / 'circuit.safetensors'}, {args.out / 'report.json'}")
 
 
@@ -148,11 +152,11 @@ def load_model(name: str, device: str) -> Any:
     return TransformerBridge.boot_transformers(name, device=device).eval()
 
 
-def _find(model: Any, train: PromptPairs, test: PromptPairs, *, max_kl: float, ablation: str = "interchange",
-          granularities: Sequence[str] | None = None, seed: int = 0) -> tuple[PruneResult, Evaluation]:
+def _find(model: Any, train: PromptPairs, test: PromptPairs, *, granularities: Sequence[str] | None = None, ablation: str = "interchange",
+          **search: Any) -> tuple[PruneResult, Evaluation]:
     masks = add_node_masks(model, granularities, ablation=ablation)
     try:
-        result = masks.prune(train, max_kl=max_kl, seed=seed)
+        result = masks.prune(train, **search)
     finally:
         masks.remove()
     return result, evaluate(model, result.circuit, test)
@@ -172,5 +176,5 @@ def _as_json(settings: dict[str, Any], result: PruneResult, report: Evaluation) 
         "settings": settings | {"ablation": circuit.ablation.name, "granularities": list(circuit.space.granularities)},
         "converged": result.converged, "kl": result.kl, "seconds": result.seconds, "peak_memory_bytes": result.peak_memory,
         "live": circuit.count(), "nodes": circuit.space.totals(), "weights": [circuit.parameters, circuit.parameters_total],
-        "held_out": asdict(report),
+        "held_out": asdict(report) | {"faithfulness": None if math.isnan(report.faithfulness) else report.faithfulness},
     }

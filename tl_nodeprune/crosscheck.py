@@ -16,10 +16,11 @@ from transformer_lens import patching
 from tl_nodeprune.agreement import Agreement, GranularityAgreement, NodeScore, agreement
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.effects import DIRECTIONS, Effects
-from tl_nodeprune.hooks import answer_logits, can_slice, capture_nodes, check_ready, device_of, find_nodes, mask_hooks, temporary_hooks
+from tl_nodeprune.hooks import answer_logits, capture_nodes, mask_hooks, temporary_hooks
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.objective import LossFn, check_finite, positions
+from tl_nodeprune.probe import can_slice, check_ready, device_of, find_nodes
 from tl_nodeprune.prompts import PromptPairs
 
 __all__ = [

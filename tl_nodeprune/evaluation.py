@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tl_nodeprune.ablation import batches
 from tl_nodeprune.circuit import Circuit, circuit_logits, full_logits
-from tl_nodeprune.hooks import check_ready
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.objective import kl_divergence
+from tl_nodeprune.probe import check_ready
 from tl_nodeprune.prompts import PromptPairs
 
 

@@ -17,10 +17,10 @@ from tl_nodeprune.ablation import ABLATIONS, Ablation
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import evaluate
-from tl_nodeprune.hooks import check_ready
 from tl_nodeprune.hypotheses import HypothesisTest, equivalence, independence, minimality
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.preference import preference
+from tl_nodeprune.probe import check_ready
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.reporting import Report, Settings
 from tl_nodeprune.runs import Runs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from tl_nodeprune.ablation import Ablation, as_ablation
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.gates import Gate, HardConcrete
-from tl_nodeprune.hooks import Attachment, check_ready, device_of, find_attachment, find_nodes, inactive, mask_hooks
+from tl_nodeprune.hooks import Attachment, find_attachment, inactive, mask_hooks
 from tl_nodeprune.nodes import GateKey, NodeSpace, combine, spread
+from tl_nodeprune.probe import check_ready, device_of, find_nodes
 from tl_nodeprune.prompts import PromptPairs
 
 if TYPE_CHECKING:
@@ -108,13 +109,14 @@ class NodeMasks(nn.Module):
         """Inside, forwards on `prompts.clean` take their stand-ins from these prompts (for "interchange": one run on the
         corrupted ones, here, without gradient). "mean" and "optimal" are fitted on the first prompts given and stay so.
 
-        Raises: ValueError where the prompts do not fit the model.
+        Raises: ValueError where the prompts do not fit the model; inside, for "interchange", for a forward on other prompts.
         """
         prompts.check_fits(self.model)
         with self.inactive():
             self.ablation = self.ablation.fit(self.model, prompts, self.space.hooks)
             values = self.ablation.values(self.model, prompts, self.space.hooks)
-        with self.standing_in(values):
+        attached = self._attached[1] if self._attached and self.ablation.name == "interchange" else None
+        with attached.only_on(self.model, prompts.clean) if attached else nullcontext(), self.standing_in(values):
             yield
 
     @contextmanager

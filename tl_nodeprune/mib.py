@@ -13,10 +13,10 @@ from torch import Tensor
 from tl_nodeprune.ablation import Ablation
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.effects import Effects
-from tl_nodeprune.hooks import check_ready, find_nodes
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.mib_format import read, write
 from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.probe import check_ready, find_nodes
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.ranking import SIZES, NodeScores, check_sizes
 from tl_nodeprune.runs import Runs

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.nodes import GateKey, NodeSpace
+from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.ranking import NodeScores
 
 LEVELS: tuple[str, ...] = ("node", "neuron")

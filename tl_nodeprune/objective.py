@@ -14,8 +14,9 @@ from torch.nn.functional import relu
 
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.gates import HardConcrete
-from tl_nodeprune.hooks import answer_logits, can_slice
+from tl_nodeprune.hooks import answer_logits
 from tl_nodeprune.nodes import GRANULARITIES
+from tl_nodeprune.probe import can_slice
 from tl_nodeprune.prompts import PromptPairs
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_nodeprune.hooks import answer_logits, device_of, find_attachment, inactive
+from tl_nodeprune.hooks import answer_logits, find_attachment, inactive
+from tl_nodeprune.probe import device_of
 
 FILL = -1
 """Stands for "no further answer" in rows of `answers` that have fewer than the longest."""

@@ -15,14 +15,14 @@ import torch
 from tqdm.auto import tqdm
 
 from tl_nodeprune.ablation import batches
-from tl_nodeprune.checks import check_counts
+from tl_nodeprune.checks import check_agreement, check_counts
 from tl_nodeprune.circuit import Circuit, circuit_logits, full_logits
-from tl_nodeprune.hooks import device_of
 from tl_nodeprune.landscape import Budget, Landscape, Record, Snapshot
 from tl_nodeprune.limits import Limits, count_of
 from tl_nodeprune.masks import NodeMasks, masks_off
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.objective import LossFn, PaperObjective, Reference, kl_divergence
+from tl_nodeprune.probe import device_of
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.stages import Stages
 from tl_nodeprune.survey import searchable, survey
@@ -175,14 +175,13 @@ def _budget(masks: NodeMasks, max_kl: float | None, agreement: float | None, max
         raise ValueError(f"agreement={agreement} goes with max_kl; give that too.")
     if isinstance(max_nodes, Mapping):
         return Budget(limits=Limits.of(masks.space, max_nodes))
-    for name, value in (given | {"agreement": agreement}).items():
+    check_agreement(agreement)
+    for name, value in given.items():
         if name != "objective" and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise TypeError(f"{name}={value!r}; it must be a number.")
     limit = max_kl if max_kl is not None else max_loss
     if limit is not None and not 0 < limit < float("inf"):
         raise ValueError(f"{chosen[0]}={limit}; it must be a finite number above 0 (nats for max_kl; 0.05 is a good start).")
-    if agreement is not None and not 0 <= agreement <= 1:
-        raise ValueError(f"agreement={agreement}; it is a share of the prompts, 0 to 1.")
     if limit is not None:
         return Budget(loss or kl_divergence, limit, agreement)
     return Budget(max_size=None if max_nodes is None else count_of("max_nodes", max_nodes, masks.space.free_total()))

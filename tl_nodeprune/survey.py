@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from tl_nodeprune.hooks import check_ready, find_attachment
+from tl_nodeprune.hooks import find_attachment
 from tl_nodeprune.landscape import Budget, Landscape
 from tl_nodeprune.masks import NodeMasks
 from tl_nodeprune.objective import Reference, kl_divergence
 from tl_nodeprune.preference import Preference, Sample, preference
+from tl_nodeprune.probe import check_ready
 from tl_nodeprune.prompts import PromptPairs
 
 

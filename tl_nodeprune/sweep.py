@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_nodeprune.ablation import Ablation, as_ablation
-from tl_nodeprune.checks import check_counts
+from tl_nodeprune.checks import check_agreement, check_counts
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import Evaluation, evaluate
-from tl_nodeprune.hooks import device_of
 from tl_nodeprune.masks import add_node_masks
 from tl_nodeprune.parallel import in_tasks, is_loader
+from tl_nodeprune.probe import device_of
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.pruning import PruneResult, prune
 
@@ -112,14 +112,13 @@ class _Work:
     held_out: PromptPairs
     granularities: tuple[str, ...] | None
     ablation: Ablation
-    steps: int
-    batch_size: int
+    search: dict[str, Any]
 
 
 def sweep(
     model: Any, prompts: PromptPairs, *, max_kl: Sequence[float] = (0.02, 0.05, 0.1, 0.2), seeds: Sequence[int] = (0, 1, 2),
-    granularities: Iterable[str] | None = None, ablation: str | Ablation = "interchange", share: float = 0.75, steps: int = 200,
-    batch_size: int = 64, executor: Executor | None = None, progress: bool = True,
+    granularities: Iterable[str] | None = None, ablation: str | Ablation = "interchange", share: float = 0.75,
+    agreement: float | None = None, steps: int = 200, batch_size: int = 64, executor: Executor | None = None, progress: bool = True,
 ) -> Sweep:
     """The smallest circuit within each budget of `max_kl` (nats), for each seed: size against held-out KL, and how stable it is.
 
@@ -129,8 +128,8 @@ def sweep(
     max_kl (the largest circuit) to the largest, each from the circuit before, so circuits do not grow with the budget.
 
     model: a HookedTransformer or TransformerBridge, left as it was; or a function without arguments that returns a new one
-        at each call. prompts: two or more. granularities, ablation: as `add_node_masks` takes them. steps, batch_size: of each
-        search, as `prune` takes them.
+        at each call. prompts: two or more. granularities, ablation: as `add_node_masks` takes them. agreement, steps,
+        batch_size: of each search, as `prune` takes them.
     executor: any concurrent.futures Executor, one task per seed (ThreadPoolExecutor, ProcessPoolExecutor, loky, Dask's
         `client.get_executor()`, mpi4py's pools); None: here, one seed after the other. Every task works on a model of its own:
         in threads a copy; in other processes the pickled model, or, since a TransformerBridge cannot be pickled, what a
@@ -139,12 +138,14 @@ def sweep(
     progress: a bar over all runs.
 
     Raises: ValueError for max_kl or seeds that are empty, doubled or out of range, steps or batch_size below 1, fewer than 2 prompts,
-    a share that is not between 0 and 1; TypeError for what is of another type, and a model that the executor's processes cannot be
-    given; RuntimeError where node masks or a circuit are attached; all before any search begins. Then what `prune` raises; tasks not
-    begun are cancelled.
+    a share that is not between 0 and 1, an agreement that is no share; TypeError for what is of another type, and a model that the
+    executor's processes cannot be given; RuntimeError where node masks or a circuit are attached; all before any search begins. Then
+    what `prune` raises; tasks not begun are cancelled.
     """
     check_counts(steps=steps, batch_size=batch_size)
-    works = _works(prompts, _budgets(max_kl), _seeds(seeds), share, granularities, as_ablation(ablation), steps, batch_size)
+    check_agreement(agreement)
+    search = {"agreement": agreement, "steps": steps, "batch_size": batch_size}
+    works = _works(prompts, _budgets(max_kl), _seeds(seeds), share, granularities, as_ablation(ablation), search)
     if executor is not None and not isinstance(executor, Executor):
         raise TypeError(f"executor must be a concurrent.futures.Executor or None, got {type(executor).__name__}; "
                         "for a Dask client give client.get_executor().")
@@ -160,11 +161,11 @@ def sweep(
 
 
 def _works(prompts: PromptPairs, budgets: tuple[float, ...], seeds: tuple[int, ...], share: float,
-           granularities: Iterable[str] | None, ablation: Ablation, steps: int, batch_size: int) -> list[_Work]:
+           granularities: Iterable[str] | None, ablation: Ablation, search: dict[str, Any]) -> list[_Work]:
     if not isinstance(prompts, PromptPairs):
         raise TypeError(f"prompts must be PromptPairs, got {type(prompts).__name__}; see PromptPairs.from_strings.")
     names = (granularities,) if isinstance(granularities, str) else None if granularities is None else tuple(granularities)
-    return [_Work(seed, budgets, *prompts.split(share, seed), names, ablation, steps, batch_size) for seed in seeds]
+    return [_Work(seed, budgets, *prompts.split(share, seed), names, ablation, search) for seed in seeds]
 
 
 def _budgets(given: Any) -> tuple[float, ...]:
@@ -209,8 +210,7 @@ def _runs(model: Any, work: _Work, done: Callable[[], object] = lambda: None) ->
         # learned constants go with the circuit that they were learned for; without them it might miss its own budget
         masks = add_node_masks(model, work.granularities, ablation=start.ablation if start else work.ablation)
         try:
-            result = prune(masks, train, max_kl=max_kl, start=start, seed=work.seed, steps=work.steps, batch_size=work.batch_size,
-                           progress=False)
+            result = prune(masks, train, max_kl=max_kl, start=start, seed=work.seed, progress=False, **work.search)
         finally:
             masks.remove()
         found.append(SweepRun(max_kl, work.seed, result, evaluate(model, result.circuit, held_out)))

@@ -30,12 +30,12 @@ from report import EQUAL_BUDGET, Results
 from soft_gates import DESIGNS, SETTINGS, Settings, SoftGates
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.landscape import Budget, Landscape, Snapshot
 from tl_nodeprune.masks import NodeMasks
 from tl_nodeprune.nodes import LEAVES
 from tl_nodeprune.objective import Reference
 from tl_nodeprune.preference import preference
+from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.search import Search
 
 NEAR = 1.25  # times the budget

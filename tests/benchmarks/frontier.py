@@ -34,8 +34,8 @@ import test_stories as stories  # noqa: E402
 from report import EQUAL_BUDGET, Results, budget_name  # noqa: E402
 
 import tl_nodeprune as tlnp  # noqa: E402
-from tl_nodeprune.hooks import find_nodes  # noqa: E402
 from tl_nodeprune.landscape import Landscape  # noqa: E402
+from tl_nodeprune.probe import find_nodes  # noqa: E402
 
 PAPER_GRANULARITIES = ("attn", "mlp", "head", "attn_neuron", "mlp_neuron", "mlp_out")  # "layer" is off by default there
 TOYS = tuple(f"toy/{name}" for name in ("ioi", "gendered_pronoun", "greater_than"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import find_nodes
+from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.pruning import Step
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed; it is in the dev extra")

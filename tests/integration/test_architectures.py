@@ -30,8 +30,9 @@ from integration_support import (
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import answer_logits, can_slice, find_attachment, find_nodes
+from tl_nodeprune.hooks import answer_logits, find_attachment
 from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.probe import can_slice, find_nodes
 
 SHAPES = {"layer": (), "attn": (), "mlp": (), "head": (N_HEADS,), "attn_neuron": (N_HEADS, D_HEAD), "mlp_neuron": (D_MLP,),
           "mlp_out": (D_MODEL,)}

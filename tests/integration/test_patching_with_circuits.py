@@ -16,8 +16,9 @@ from transformer_lens import patching
 from transformer_lens.tools.analysis import get_act_patch_direct_path
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import find_nodes, temporary_hooks
+from tl_nodeprune.hooks import temporary_hooks
 from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.probe import find_nodes
 
 Toy = tuple[Any, tlnp.PromptPairs]
 NO_LAYER = ("attn", "mlp", "head", "attn_neuron", "mlp_neuron", "mlp_out")

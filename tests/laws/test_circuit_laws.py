@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import find_nodes
+from tl_nodeprune.probe import find_nodes
 
 Toy = tuple[Any, tlnp.PromptPairs]
 # every coarse gate here is covered by finer ones or a leaf itself, so that complement is defined on leaves alone

@@ -12,8 +12,8 @@ from torch import Tensor, tensor
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.crosscheck import Agreement, Effects, agreement, attribution_patching
-from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.nodes import GateKey, NodeSpace
+from tl_nodeprune.probe import find_nodes
 
 Toy = tuple[Any, tlnp.PromptPairs]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import safetensors.torch
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.probe import find_nodes
 
 Toy = tuple[Any, tlnp.PromptPairs]
 
@@ -120,3 +121,18 @@ def test_a_batch_of_other_prompts_is_refused(toy: Toy, circuit: tlnp.Circuit) ->
     model, prompts = toy
     with circuit.applied(model, prompts[:4]), pytest.raises(ValueError, match=r"\(4, 17\).*\(24, 17\)"):
         model(prompts.clean)
+
+
+def test_other_prompts_of_the_same_shape_are_refused(toy: Toy, circuit: tlnp.Circuit, no_hooks_left: Callable[[Any], None]) -> None:
+    """Their stand-ins would be other prompts'; constants are anybody's."""
+    model, prompts = toy
+    other = prompts.clean.clone()
+    other[3:5] = other[5:7]
+    with circuit.applied(model, prompts):
+        model(prompts.clean)
+        with pytest.raises(ValueError, match=r"other prompts than the stand-ins are of \(the first is prompt 3\)"):
+            model(other)
+    model(other)
+    no_hooks_left(model)
+    with tlnp.Circuit.empty(circuit.space, tlnp.Ablation("zero")).applied(model, prompts):
+        model(other)

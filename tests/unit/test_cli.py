@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ def rows() -> list[dict[str, str]]:
     ({"--task": "missing.jsonl"}, "'missing.jsonl'"),
     ({"--max-kl": "-1"}, "--max-kl -1.0"),
     ({"--max-kl": "nan"}, "nan"),
+    ({"--agreement": "98"}, "agreement=98.0; it is a share of the prompts"),
     ({"--ablation": "noise"}, "unknown ablation 'noise'"),
     ({"--granularities": "heads"}, "unknown granularity 'heads'"),
     ({"--prompts": "0"}, "n=0"),
@@ -71,8 +74,24 @@ def test_prune_writes_both_files(toy: Toy, tmp_path: Path, capsys: pytest.Captur
     assert "leaf nodes" in capsys.readouterr().out
 
 
+def test_the_report_is_json_where_a_figure_is_not_a_number(tmp_path: Path) -> None:
+    """Corrupted prompts that are the clean ones: ablation changes nothing, so there is no faithfulness."""
+    task = tmp_path / "task.jsonl"
+    task.write_text("".join(json.dumps(row | {"corrupted": row["clean"]}) + "\n" for row in rows()))
+    options = ["--granularities", "mlp", "--agreement", "0.5"]
+    with pytest.warns(UserWarning, match="no circuit is claimed"):
+        assert main(["prune", "--model", "toy", "--task", str(task), "--out", str(tmp_path), *options]) == 0
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert report["held_out"]["faithfulness"] is None and report["settings"]["agreement"] == 0.5 and not report["converged"]
+
+
+def test_python_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "tl_nodeprune", "show"], capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: tl-nodeprune show" in done.stderr
+
+
 def saved_circuit(toy: Toy, path: Path) -> tlnp.Circuit:
-    circuit = tlnp.Circuit.full(tlnp.hooks.find_nodes(toy[0]).restrict(("head", "mlp_neuron")))
+    circuit = tlnp.Circuit.full(tlnp.probe.find_nodes(toy[0]).restrict(("head", "mlp_neuron")))
     circuit.save(path)
     return circuit
 

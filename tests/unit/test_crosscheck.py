@@ -12,8 +12,8 @@ from transformer_lens import patching
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.crosscheck import activation_patching, attribution_patching
-from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.probe import find_nodes
 
 Toy = tuple[Any, tlnp.PromptPairs]
 
@@ -42,7 +42,7 @@ def test_head_effects_are_transformer_lens_own(each_toy: Toy) -> None:
 def test_default_has_the_keys_and_shapes_of_a_circuit(toy: Toy) -> None:
     model, prompts = toy
     effects = tlnp.crosscheck.activation_patching(model, prompts[:4], progress=False)
-    circuit = tlnp.Circuit.full(tlnp.hooks.find_nodes(model).restrict(tlnp.crosscheck.COARSE))
+    circuit = tlnp.Circuit.full(tlnp.probe.find_nodes(model).restrict(tlnp.crosscheck.COARSE))
     assert {hook: effect.shape for hook, effect in effects.items()} == {hook: mask.shape for hook, mask in circuit.items()}
 
 

@@ -13,8 +13,8 @@ from scipy import stats
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.circuit import circuit_logits, full_logits
-from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.units import Unit, closed
 
 Toy = tuple[Any, tlnp.PromptPairs]

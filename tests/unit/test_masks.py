@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.nodes import GateKey, NodeSpace
+from tl_nodeprune.probe import find_nodes
 
 Toy = tuple[Any, tlnp.PromptPairs]
 
@@ -199,6 +199,18 @@ def test_paired_with_prompts_of_another_tokenizer(toy: Toy) -> None:
             pass
     finally:
         toy[0].remove_node_masks()
+
+
+def test_other_prompts_inside_paired_are_refused(toy: Toy) -> None:
+    model, prompts = toy
+    masks = model.add_node_masks(("head",))
+    try:
+        with masks.paired(prompts), pytest.raises(ValueError, match="the first is prompt 0"):
+            model(prompts.corrupted)
+        with masks.paired(prompts), masks.inactive():
+            model(prompts.corrupted)
+    finally:
+        model.remove_node_masks()
 
 
 def test_nan_weights_are_no_matter_of_node_finding(fresh_toy: Toy) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.mib import SIZES, FaithfulnessCurve, area
+from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.ranking import NodeScores
 
 sys.path.append(str(Path(__file__).parents[1] / "golden"))

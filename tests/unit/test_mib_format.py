@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.ranking import NodeScores
 
 Toy = tuple[Any, tlnp.PromptPairs]

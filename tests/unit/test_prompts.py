@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import answer_logits, find_nodes
+from tl_nodeprune.hooks import answer_logits
+from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.prompts import FILL
 
 Toy = tuple[Any, tlnp.PromptPairs]
@@ -59,7 +60,7 @@ def test_token_ids_outside_the_vocabulary(toy: Toy, name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} holds token id 5000.*ends at 198"):
         bad.check_fits(model)
     with pytest.raises(ValueError, match="5000"):
-        tlnp.evaluate(model, tlnp.Circuit.full(tlnp.hooks.find_nodes(model)), bad)
+        tlnp.evaluate(model, tlnp.Circuit.full(tlnp.probe.find_nodes(model)), bad)
 
 
 def test_prompts_longer_than_the_context(toy: Toy) -> None:

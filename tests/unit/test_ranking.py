@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.landscape import Budget
 from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.ranking import LowestLoss, NodeScores, _Part
 from tl_nodeprune.survey import survey
 

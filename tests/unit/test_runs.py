@@ -9,7 +9,7 @@ import torch
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.circuit import circuit_logits
-from tl_nodeprune.hooks import find_nodes
+from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.runs import Runs
 
 Toy = tuple[Any, tlnp.PromptPairs]

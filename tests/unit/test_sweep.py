@@ -16,8 +16,9 @@ import torch
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.evaluation import Metrics
-from tl_nodeprune.hooks import find_nodes, temporary_hooks
+from tl_nodeprune.hooks import temporary_hooks
 from tl_nodeprune.nodes import GateKey, NodeSpace
+from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.sweep import SweepRun
 
 Toy = tuple[Any, tlnp.PromptPairs]
@@ -94,6 +95,13 @@ def test_steps_and_batch_size_reach_each_search(toy: Toy, few: tlnp.PromptPairs)
     assert circuits[0] == circuits[1]
 
 
+def test_the_agreement_is_each_search_s(toy: Toy, few: tlnp.PromptPairs) -> None:
+    """A budget of 2 nats lets the choice go, unless it is asked for."""
+    sizes = [tlnp.sweep(toy[0], few, max_kl=(2.0,), seeds=(0,), granularities=("head", "mlp"), agreement=agreement, steps=20,
+                        progress=False).runs[0].result.circuit.size for agreement in (0.0, 1.0)]
+    assert sizes[0] < sizes[1]
+
+
 def fails(few: tlnp.PromptPairs, model: Any, **options: Any) -> tlnp.Sweep:
     return tlnp.sweep(model, few, max_kl=(0.1,), seeds=(0, 1, 2), granularities=("mlp",), progress=False, **options)
 
@@ -150,6 +158,8 @@ def test_a_model_that_other_processes_cannot_get(toy: Toy, few: tlnp.PromptPairs
     ({"steps": 0}, ValueError, "steps=0; it must be a whole number, 1 or more"),
     ({"batch_size": 2.5}, ValueError, "batch_size=2.5; it must be a whole number, 1 or more"),
     ({"share": math.nan}, ValueError, "share=nan"),
+    ({"agreement": 1.5}, ValueError, "agreement=1.5; it is a share of the prompts"),
+    ({"agreement": "all"}, TypeError, "agreement='all'; it must be a number"),
     ({"ablation": "mode"}, ValueError, "unknown ablation 'mode'"),
     ({"granularities": ("heads",)}, ValueError, "unknown granularity 'heads'"),
     ({"executor": 2}, TypeError, "executor must be a concurrent.futures.Executor or None, got int"),

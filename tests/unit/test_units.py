@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.nodes import GateKey, NodeSpace
+from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.units import SizeMatched, Unit, closed, opened, units_of
 
 Toy = tuple[Any, tlnp.PromptPairs]

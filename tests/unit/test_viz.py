@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import find_nodes
 from tl_nodeprune.nodes import GRANULARITIES
+from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.viz.tokens import position_effects
 
 Toy = tuple[Any, tlnp.PromptPairs]

@@ -13,7 +13,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import find_nodes
+from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.viz import save_html
 from tl_nodeprune.viz.page import parts_of
 

@@ -1,4 +1,4 @@
-"""Train the embedded model: `python -m tl_nodeprune.toy.train OUT_DIR`. About 8 minutes on two CPU cores, fixed seed.
+"""Train the embedded model: `python -m tl_nodeprune.toy.train OUT_DIR`. About 15 minutes on two CPU cores, fixed seed.
 
 A GPT-2-shaped transformer (3 layers, 4 heads, d_model 96) on the sentences of `tl_nodeprune.tasks`, as a language model with
 extra weight on the answer. One prompt in ten, chosen by its text, is never trained on: `held_out` tells which.
@@ -6,8 +6,8 @@ extra weight on the answer. One prompt in ten, chosen by its text, is never trai
 
 from __future__ import annotations
 
+import argparse
 import random
-import sys
 import zlib
 from pathlib import Path
 
@@ -93,4 +93,6 @@ def train(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Train the embedded model.")
+    parser.add_argument("out", type=Path, help="folder for its files")
+    train(parser.parse_args().out)

@@ -15,8 +15,9 @@ from torch import Tensor
 from tl_nodeprune.ablation import batches
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit, full_logits
-from tl_nodeprune.hooks import capture, check_ready, mask_hooks, temporary_hooks
+from tl_nodeprune.hooks import capture, mask_hooks, temporary_hooks
 from tl_nodeprune.masks import masks_off
+from tl_nodeprune.probe import check_ready
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.pruning import PruneResult
 from tl_nodeprune.viz.page import CAPTION, parts_of

@@ -1,0 +1,7 @@
+"""`python -m tl_nodeprune`: the command, where it is not on the PATH."""
+
+import sys
+
+from tl_nodeprune.cli import main
+
+sys.exit(main())
