@@ -49,12 +49,12 @@ def task(name: str, which: str) -> tlnp.PromptPairs:
                             torch.tensor([row["wrong_id"] for row in rows]), torch.arange(width)[None] < lengths[:, None])
 
 
-def measure(model: Any, which: str, **search: Any) -> dict[str, Any]:
+def measure(model: Any, which: str, max_kl: float = 0.05, **search: Any) -> dict[str, Any]:
     """One task's figures: half of the prompts that the model answers right to search on, the others to judge on."""
     train, test = task("stories3M", which).correct(model).split(0.5, seed=0)
     masks = model.add_node_masks()
     try:
-        result = masks.prune(train, max_kl=0.05, progress=False, **search)
+        result = masks.prune(train, max_kl=max_kl, progress=False, **search)
     finally:
         model.remove_node_masks()
     report, count = tlnp.evaluate(model, result.circuit, test), result.circuit.count()
@@ -96,9 +96,8 @@ def test_circuits_are_small_over_all_tasks(stories3m: Any, figures: dict[str, di
     assert median(shares) <= 0.12 and max(shares) <= 0.60, table.to_string()
 
 
-@pytest.mark.filterwarnings("ignore:no circuit within the budget")
 def test_the_parts_of_the_slow_tests_work_on_a_short_search(stories3m: Any) -> None:
-    found = measure(stories3m, "ioi0", steps=5)
+    found = measure(stories3m, "ioi0", max_kl=1.0, steps=5)
     assert 0 < found["share"] <= 1 and found["kl"] >= 0 and 0 <= found["accuracy"] <= 1
 
 
