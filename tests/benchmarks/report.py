@@ -237,7 +237,7 @@ def write(results: Results) -> None:
     for run in results.runs:
         where = ", ".join(f"{name} {value}" for name, value in run.items() if name != "started")
         calls.setdefault(where, []).append(str(run["started"]))
-    about = "\n".join(f"- {len(times)} calls, first on {min(times)}: {where}" for where, times in calls.items())
+    about = "\n".join(f"- {len(times)} call{'s' * (len(times) > 1)}, first on {min(times)}: {where}" for where, times in calls.items())
     parts = ["# Size against faithfulness\n", NOTES, f"Settings: {json.dumps(results.settings)}\n\n{about}\n", "## Figures to reach\n",
              markdown(summary(results, frame))]
     for task, table in tasks.groupby("task", sort=False):
