@@ -73,20 +73,23 @@ class Evaluation:
 def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: int = 64) -> Evaluation:
     """Run the circuit, the full model and the fully ablated model on prompts, under the ablation the circuit was found under.
 
-    Masks that are attached are left out for the while. Raises: ValueError where the circuit or the prompts do not fit the model;
-    RuntimeError where a circuit is applied already or the model is in training mode with dropout.
+    Masks that are attached are left out for the while. Raises: ValueError where the circuit or the prompts do not fit the model, or
+    corrupted prompts are missing under interchange ablation; RuntimeError where a circuit is applied already or the model is in
+    training mode with dropout.
     """
     with masks_off(model):
         check_ready(model)
         circuit.check_fits(model)
         prompts.check_fits(model)
+        prompts.check_corrupted(circuit.ablation.name)
         full = torch.cat([full_logits(model, batch) for batch in batches(prompts, batch_size)])
         runs = {"circuit": circuit_logits(model, circuit, prompts, batch_size=batch_size), "full": full,
                 "ablated": circuit_logits(model, Circuit.empty(circuit.space, circuit.ablation), prompts, batch_size=batch_size)}
     metrics = {name: _metrics(logits, full, prompts) for name, logits in runs.items()}
     span = metrics["full"].logit_diff - metrics["ablated"].logit_diff
     gained = metrics["circuit"].logit_diff - metrics["ablated"].logit_diff
-    return Evaluation(**metrics, faithfulness=gained / span if span else float("nan"), ablation=circuit.ablation.name,
+    rounding = 1e-5 * max(1.0, abs(metrics["full"].logit_diff))
+    return Evaluation(**metrics, faithfulness=gained / span if abs(span) > rounding else float("nan"), ablation=circuit.ablation.name,
                       n_prompts=len(prompts))
 
 

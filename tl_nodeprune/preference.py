@@ -33,20 +33,23 @@ class Preference:
     @property
     def p_value(self) -> float:
         """One-sided Wilcoxon signed-rank test over the pairs: does the model prefer the answer more on clean than on corrupted
-        prompts? Where it does not, there is no task, and no circuit to claim. 1 where it makes no difference anywhere."""
+        prompts? Where it does not, there is no task, and no circuit to claim. 1 where it makes no difference anywhere; NaN where there are
+        no corrupted prompts (they are the clean ones) to compare with."""
+        if not self.prompts.has_corrupted:
+            return float("nan")
         gains = (self.clean + self.corrupted).double().cpu().numpy()
         return float(stats.wilcoxon(gains, alternative="greater").pvalue) if (gains != 0).any() else 1.0
 
     @property
     def no_task(self) -> bool:
         """Whether the pairs are enough to tell, and show no task."""
-        return len(self.prompts) >= FEWEST and not self.p_value <= SIGNIFICANT
+        return len(self.prompts) >= FEWEST and self.p_value > SIGNIFICANT
 
     def sample(self) -> Sample:
         """The prompts to search on: those GIVEN, and TURNED ones where the model prefers the wrong answer on the corrupted prompt, if
         it does so on average at least half as strongly as it prefers the answer on the clean one: only then the corrupted
         prompts are prompts of the task themselves."""
-        pairs = torch.arange(len(self.prompts))
+        pairs = self.prompts.distinct()
         enough = self.corrupted.mean() >= TURNED_SHARE * self.clean.mean() > 0
         if not enough or self.prompts.answers.shape != self.prompts.wrong_answers.shape:
             return Sample(self.prompts, torch.full_like(pairs, GIVEN), pairs)
@@ -54,12 +57,12 @@ class Preference:
         again = self.turned[also]
         both = {f.name: torch.cat([getattr(self.prompts, f.name), getattr(again, f.name)]) for f in fields(PromptPairs)}
         groups = torch.cat([torch.full_like(pairs, GIVEN), torch.full_like(also, TURNED)])
-        return Sample(PromptPairs(**both), groups, torch.cat([pairs, also]))
+        return Sample(PromptPairs(**both), groups, torch.cat([pairs, pairs[also]]))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Prompts to search on, each one's group (GIVEN or TURNED) and the pair that it is of."""
+    """Prompts to search on, each one's group (GIVEN or TURNED) and which pair it is of, pairs with one clean prompt being one."""
 
     prompts: PromptPairs
     groups: Int[Tensor, "prompt"]
@@ -68,7 +71,7 @@ class Sample:
     @classmethod
     def of(cls, prompts: PromptPairs) -> Sample:
         """All prompts as given."""
-        return cls(prompts, torch.full((len(prompts),), GIVEN), torch.arange(len(prompts)))
+        return cls(prompts, torch.full((len(prompts),), GIVEN), prompts.distinct())
 
     def folds(self, n: int, generator: torch.Generator) -> Iterator[tuple[Int[Tensor, "a"], Int[Tensor, "b"]]]:
         """The indices of the prompts n times over in two sets of whole pairs; each pair is once in the second."""

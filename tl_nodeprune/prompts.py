@@ -129,12 +129,39 @@ class PromptPairs:
         return PromptPairs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def split(self, share: float, seed: int) -> tuple[PromptPairs, PromptPairs]:
-        """Two disjoint sets at random, the first with `share` of the prompts (at least one prompt in each)."""
-        if not 0 < share < 1 or len(self) < 2:
-            raise ValueError(f"split needs 0 < share < 1 and 2 prompts or more; got share={share} and {len(self)} prompts.")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        cut = min(max(round(share * len(self)), 1), len(self) - 1)
-        return self[order[:cut]], self[order[cut:]]
+        """Two disjoint sets at random, the first with `share` of the different clean prompts (at least one in each). Pairs with the same
+        clean prompt stay together, so that nothing held out was searched on."""
+        which = self.distinct()
+        n = int(which.max()) + 1
+        if not 0 < share < 1 or n < 2:
+            raise ValueError(f"split needs 0 < share < 1 and 2 different clean prompts or more; got share={share} and {n}.")
+        place = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).argsort()[which]
+        cut = min(max(round(share * n), 1), n - 1)
+        order = place.argsort(stable=True)
+        return self[order[place[order] < cut]], self[order[place[order] >= cut]]
+
+    def distinct(self) -> Int[Tensor, "batch"]:
+        """Which clean prompt each pair has, numbered by first appearance."""
+        rows = list(map(tuple, self.clean.tolist()))
+        number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+        return torch.tensor([number[row] for row in rows])
+
+    @property
+    def reach(self) -> int:
+        """Positions up to the last one that is no padding in some prompt."""
+        assert self.attention_mask is not None
+        return int(self.attention_mask.any(0).nonzero().max()) + 1
+
+    @property
+    def has_corrupted(self) -> bool:
+        """Whether any corrupted prompt is not the clean one."""
+        return not torch.equal(self.clean, self.corrupted)
+
+    def check_corrupted(self, ablation: str) -> None:
+        """Raises ValueError where the ablation is "interchange" and there are no corrupted prompts."""
+        if ablation == "interchange" and not self.has_corrupted:
+            raise ValueError("corrupted prompts are missing: all are the same as the clean ones, so interchange ablation replaces nothing. "
+                             "Give corrupted prompts, or take mean, zero or optimal ablation.")
 
     def correct(self, model: Any, *, batch_size: int = 64) -> PromptPairs:
         """Those prompts that the full model answers right, whatever is attached to it now: answer logit > wrong logit.

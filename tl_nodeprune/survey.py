@@ -25,6 +25,7 @@ def searchable(masks: NodeMasks, prompts: PromptPairs) -> Any:
         raise RuntimeError("the masks are switched off here; leave `with masks.inactive()` before pruning.")
     check_ready(model)
     prompts.check_fits(model)
+    prompts.check_corrupted(masks.asked_ablation.name)
     return model
 
 

@@ -124,14 +124,17 @@ def usable(task: str, model: Any) -> Words:
         raise ValueError(f"gendered_pronoun needs ' she', ' he' and a name of each gender as one token; it has {female}, {male}.")
     if task == "greater_than":
         digits = [f"{year:02d}" for year in range(2, 100)]
-        if not all(is_one_token(model, year) for year in digits) or len(model.to_tokens(" 1732", prepend_bos=False)[0]) != 2:
+        if not all(is_one_token(model, year) for year in digits) or not _splits_alike(model, 32):
             raise ValueError("greater_than needs a tokenizer that splits ' 1732' into ' 17' and '32', as GPT-2's does; this one does not.")
         return Words(female, male, years=[y for y in range(2, 99) if _splits_alike(model, y)])
     return words
 
 
 def _splits_alike(model: Any, year: int) -> bool:
-    return all(len(model.to_tokens(f" {century}{year:02d}", prepend_bos=False)[0]) == 2 for century in CENTURIES)
+    """Whether a year of every century is two tokens, the second of them its last two digits."""
+    (end,) = model.to_tokens(f"{year:02d}", prepend_bos=False)[0].tolist()
+    ids = [model.to_tokens(f" {century}{year:02d}", prepend_bos=False)[0].tolist() for century in CENTURIES]
+    return all(len(each) == 2 and each[1] == end for each in ids)
 
 
 def is_one_token(model: Any, text: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -36,10 +37,20 @@ def test_batch_size_is_memory_not_result(toy: Toy) -> None:
 
 
 def test_faithfulness_is_nan_where_ablation_changes_nothing(toy: Toy) -> None:
+    """Equal prompts have their mean."""
     model, prompts = toy
-    same = tlnp.PromptPairs(prompts.clean, prompts.clean, prompts.answers, prompts.wrong_answers, prompts.attention_mask)
-    report = tlnp.evaluate(model, tlnp.Circuit.empty(find_nodes(model).restrict(("mlp_neuron",))), same)
+    same, space = prompts[[0] * 4], find_nodes(model).restrict(("mlp_neuron",))
+    report = tlnp.evaluate(model, tlnp.Circuit.empty(space, tlnp.Ablation("mean").fit(model, same, space.hooks)), same)
     assert math.isnan(report.faithfulness) and report.kl == pytest.approx(0, abs=1e-5)
+
+
+def test_missing_corrupted_prompts_are_named(toy: Toy) -> None:
+    """Interchange with the clean run itself would find every circuit perfect."""
+    model, prompts = toy
+    alone, space = dataclasses.replace(prompts, corrupted=prompts.clean), find_nodes(model).restrict(("mlp",))
+    with pytest.raises(ValueError, match="corrupted prompts are missing"):
+        tlnp.evaluate(model, tlnp.Circuit.empty(space), alone)
+    assert tlnp.evaluate(model, tlnp.Circuit.empty(space, tlnp.Ablation("zero")), alone).kl > 0.1
 
 
 def test_attached_masks_are_left_out(toy: Toy) -> None:

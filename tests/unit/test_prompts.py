@@ -123,8 +123,19 @@ def test_split_is_disjoint_and_reproducible(toy: Toy) -> None:
     for share in (0.0, 1.0, math.nan, -1):
         with pytest.raises(ValueError, match=f"share={share}"):
             prompts.split(share, seed=0)
-    with pytest.raises(ValueError, match="1 prompts"):
+    with pytest.raises(ValueError, match="share=0.5 and 1"):
         prompts[0].split(0.5, seed=0)
+
+
+def test_split_keeps_equal_prompts_together() -> None:
+    ids = torch.tensor([[1], [2], [1], [3], [2], [1], [4]])
+    prompts = tlnp.PromptPairs(ids, ids + 5, torch.arange(7), torch.full((7,), 9))
+    for seed in range(10):
+        first, second = prompts.split(0.5, seed=seed)
+        assert not set(first.clean.flatten().tolist()) & set(second.clean.flatten().tolist())
+        assert len(first.clean.unique()) == 2 and sorted([*first.answers.tolist(), *second.answers.tolist()]) == list(range(7))
+    with pytest.raises(ValueError, match="2 different clean prompts or more; got share=0.5 and 1"):
+        prompts[[0, 2, 5]].split(0.5, seed=0)
 
 
 def test_indexing(toy: Toy) -> None:

@@ -154,7 +154,7 @@ def test_a_model_that_other_processes_cannot_get(toy: Toy, few: tlnp.PromptPairs
     ({"seeds": (0, 1, 0)}, ValueError, r"seeds=\(0, 1, 0\) holds 0 more than once"),
     ({"seeds": 3}, TypeError, r"seeds=3; give several whole numbers, such as \(0, 1, 2\)"),
     ({"seeds": (0.5,)}, TypeError, r"seeds=\(0.5,\)"),
-    ({"share": 1.0}, ValueError, "share=1.0 and 24 prompts"),
+    ({"share": 1.0}, ValueError, "share=1.0 and 24"),
     ({"steps": 0}, ValueError, "steps=0; it must be a whole number, 1 or more"),
     ({"batch_size": 2.5}, ValueError, "batch_size=2.5; it must be a whole number, 1 or more"),
     ({"share": math.nan}, ValueError, "share=nan"),
@@ -170,7 +170,7 @@ def test_refuses(toy: Toy, options: dict[str, Any], error: type[Exception], text
 
 
 def test_refuses_prompts_and_models_that_are_none(toy: Toy, few: tlnp.PromptPairs) -> None:
-    with pytest.raises(ValueError, match="2 prompts or more; got share=0.75 and 1 prompts"):
+    with pytest.raises(ValueError, match="2 different clean prompts or more; got share=0.75 and 1"):
         tlnp.sweep(toy[0], few[0])
     with pytest.raises(TypeError, match="prompts must be PromptPairs, got str"):
         tlnp.sweep(toy[0], "ioi")  # type: ignore[arg-type]
