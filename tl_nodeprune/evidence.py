@@ -63,15 +63,15 @@ def report(
         tests, p_values = _tests(trial, effects, n_random, alpha, seed)
         found, looked_for, paired = trial.redundancies(effects)
         evaluation = evaluate(model, circuit, judged, batch_size=batch_size)
-        ablations, left_out = _under_each_ablation(model, circuit, judged, batch_size)
+        ablations, left_out = _under_each_ablation(model, circuit, prompts, judged, batch_size)
         return Report(
             settings=Settings(circuit.space.model_name, circuit.ablation.name, circuit.space.granularities, circuit.space.layers,
                               circuit.size, circuit.size_total, len(judged), held_out is not None, units, len(trial.tried),
                               len(trial.kept), n_random, n_subsets, alpha, seed),
             evaluation=evaluation, searched=None if held_out is None else evaluate(model, circuit, prompts, batch_size=batch_size),
-            intervals=_intervals(trial, seed), task_p=math.nan if _paired_with_itself(judged) else task.p_value,
-            completeness=trial.completeness(n_subsets), null=trial.random_circuits(n_random), **tests, ablations=ablations,
-            effects=_frame(effects, p_values), redundancies=tuple(found), stand_ins_sought=looked_for, pairs_among=paired,
+            intervals=_intervals(trial, seed), task_p=task.p_value, completeness=trial.completeness(n_subsets),
+            null=trial.random_circuits(n_random), **tests, ablations=ablations, effects=_frame(effects, p_values),
+            redundancies=tuple(found), stand_ins_sought=looked_for, pairs_among=paired,
             notes=(*left_out, *_notes(model, circuit, prompts, held_out)),
         )
 
@@ -117,19 +117,22 @@ def _frame(effects: UnitEffects, p_values: NDArray[np.float64]) -> pd.DataFrame:
     return table.sort_values("kl_rise", ascending=False)
 
 
-def _under_each_ablation(model: Any, circuit: Circuit, prompts: PromptPairs, batch_size: int) -> tuple[pd.DataFrame, list[str]]:
-    """A row per ablation with the circuit's metrics under it, and which were left out, why."""
+def _under_each_ablation(model: Any, circuit: Circuit, prompts: PromptPairs, judged: PromptPairs, batch_size: int
+                         ) -> tuple[pd.DataFrame, list[str]]:
+    """A row per ablation with the circuit's metrics under it, and which were left out, why. Means are those of the search's prompts."""
     rows, left_out = {}, []
     for name in ABLATIONS:
         ablation = circuit.ablation if name == circuit.ablation.name else Ablation(name)
         if name == "optimal" and not ablation.fitted:
             left_out.append("Optimal ablation is left out: the circuit carries no constants learned for it.")
-        elif name == "interchange" and _paired_with_itself(prompts):
+        elif name == "interchange" and not judged.has_corrupted:
             left_out.append("Interchange ablation is left out: all corrupted prompts are the same as the clean ones.")
+        elif name == "mean" and not ablation.fitted and judged.reach > prompts.reach:
+            left_out.append("Mean ablation is left out: the held-out prompts are longer than those of the search, whose means it takes.")
         else:
             fitted = ablation.fit(model, prompts, circuit.space.hooks, batch_size=batch_size)
             under = Circuit(circuit.space, {key: circuit.live(*key) for key in circuit.space.shapes}, fitted)
-            found = evaluate(model, under, prompts, batch_size=batch_size)
+            found = evaluate(model, under, judged, batch_size=batch_size)
             rows[name] = found.to_frame().loc["circuit"].to_dict() | {"found_under": name == circuit.ablation.name}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("ablation"), left_out
 
@@ -166,9 +169,7 @@ def _check_arguments(circuit: Circuit, given: tuple[PromptPairs, ...], **numbers
     for prompts in given:
         if not isinstance(prompts, PromptPairs):
             raise TypeError(f"prompts and held_out must be PromptPairs, got {type(prompts).__name__}; see PromptPairs.from_strings.")
-        if circuit.ablation.name == "interchange" and _paired_with_itself(prompts):
-            raise ValueError("corrupted prompts are missing: all are the same as the clean ones, so interchange ablation replaces nothing. "
-                             "Give corrupted prompts, or a circuit found under mean, zero or optimal ablation.")
+        prompts.check_corrupted(circuit.ablation.name)
     check_counts(**numbers)
 
 
@@ -177,10 +178,6 @@ def _check_fits(model: Any, circuit: Circuit, given: tuple[PromptPairs, ...]) ->
     circuit.check_fits(model)
     for prompts in given:
         prompts.check_fits(model)
-
-
-def _paired_with_itself(prompts: PromptPairs) -> bool:
-    return torch.equal(prompts.clean, prompts.corrupted)
 
 
 def _notes(model: Any, circuit: Circuit, prompts: PromptPairs, held_out: PromptPairs | None) -> list[str]:

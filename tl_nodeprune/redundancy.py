@@ -13,7 +13,7 @@ from tl_nodeprune.units import Unit, closed, opened
 MATTERS = 0.01  # of KL(full || ablated): a rise of the KL below this counts as none
 RECOVERED = 0.8  # of what removing a unit costs: what a stand-in must bring back, and by how much it must lower that cost
 TOGETHER, PER_UNIT = 4, 4  # units that are named as one stand-in, and stand-ins per unit, at most
-PAIRS_AMONG = 16  # kept units without an effect of their own between which pairs are tried, at most
+PAIRS_AMONG = 16  # kept units between which pairs are tried, at most, those of smallest effect
 
 
 @dataclass(frozen=True)

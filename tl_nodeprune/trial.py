@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import Metrics
-from tl_nodeprune.redundancy import MATTERS, PAIRS_AMONG, Redundancy, kept_pairs, stand_ins
+from tl_nodeprune.redundancy import MATTERS, PAIRS_AMONG, RECOVERED, Redundancy, kept_pairs, stand_ins
 from tl_nodeprune.runs import Runs, Scores
 from tl_nodeprune.units import SizeMatched, Unit, closed, opened
 
@@ -42,7 +42,7 @@ class RandomDraws:
     @property
     def median(self) -> float:
         """The median KL, nats; NaN where none was drawn."""
-        return float(self.kl.median()) if len(self.kl) else math.nan
+        return float(self.kl.quantile(0.5)) if len(self.kl) else math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Completeness:
 
     complement: the model without the circuit's nodes. left: its faithfulness, the share of the task's logit difference that it still has
     (0: as with every node ablated). gaps: for subsets K of the circuit's units, each unit in K by a coin's throw,
-    `|m(model without K) - m(circuit without K)|`, m the mean logit difference; gap_share: their mean over m(full) - m(ablated).
+    `|m(model without K) - m(circuit without K)|`, m the mean logit difference; gap_share: their mean over |m(full) - m(ablated)|.
     """
 
     complement: Metrics
@@ -113,7 +113,7 @@ class Trial:
         means = self.runs(circuits, total=2 * len(parts), desc="subsets").score.mean(1)
         gaps = (means[0::2] - means[1::2]).abs()
         left = self.share(float(self.complement.score.mean() - self.ablated.score.mean()))
-        return Completeness(_metrics(self.complement), left, gaps, self.share(float(gaps.mean())) if len(gaps) else math.nan)
+        return Completeness(_metrics(self.complement), left, gaps, abs(self.share(float(gaps.mean()))) if len(gaps) else math.nan)
 
     def random_circuits(self, draws: int) -> RandomDraws:
         null = SizeMatched(self.circuit)
@@ -124,14 +124,14 @@ class Trial:
         return RandomDraws(kl, (1 + as_good) / (draws + 1), null.possible, null.over_layers)
 
     def redundancies(self, effects: UnitEffects) -> tuple[list[Redundancy], int, int]:
-        """Those found; how many units' stand-ins were looked for; among how many kept units without an effect pairs were tried."""
-        least = MATTERS * float(self.ablated.kl.mean())
+        """Those found; how many units' stand-ins were looked for; among how many kept units, those of smallest effect, pairs were tried."""
+        least, most = MATTERS * float(self.ablated.kl.mean()), (1 - RECOVERED) * float(self.ablated.kl.mean())
         rises = dict(zip(effects.units, effects.kl_rise.tolist(), strict=True))
         needed = {unit: rise for unit, rise in rises.items() if rise >= least}
-        idle = self._some([unit for unit in rises if unit not in needed], PAIRS_AMONG)
+        slight = sorted((unit for unit in rises if rises[unit] <= most), key=lambda unit: rises[unit])[:PAIRS_AMONG]
         found = stand_ins(self.runs, self.circuit, self.kl, needed, self.units)
-        found += kept_pairs(self.runs, self.circuit, self.kl, {unit: rises[unit] for unit in idle}, least)
-        return found, len(needed), len(idle)
+        found += kept_pairs(self.runs, self.circuit, self.kl, {unit: rises[unit] for unit in slight}, least)
+        return found, len(needed), len(slight)
 
     def share(self, logits: float) -> float:
         """Logits as a share of what ablating everything costs; NaN where that is nothing."""

@@ -105,7 +105,8 @@ class SizeMatched:
     """Circuits by lot with as many live nodes of each kind as a given one.
 
     As many in every gate tensor: heads change places within their layer, and dims within their head; neurons and output dims within their
-    MLP; whole blocks and layers, which are one number each, over the layers. Where fewer than `enough` circuits are of that kind,
+    MLP; whole blocks and layers, which are one number each, over the layers. What stands above other gated nodes stays as it is, and so
+    does all below one that is closed. Where fewer than `enough` circuits are of that kind,
     everything changes places over all layers instead (`over_layers`). possible: how many different circuits can be drawn.
     """
 
@@ -127,8 +128,11 @@ class SizeMatched:
     def _pools(self, *, by_layer: bool) -> list[list[GateKey]]:
         """Gate tensors between which nodes change places."""
         pools: dict[tuple[str, int], list[GateKey]] = {}
-        for key in self.circuit.space.free():
-            alone = by_layer and self.circuit.space.shapes[key] != ()
+        space = self.circuit.space
+        for key in space.leaves():
+            if any(not self.circuit.live(*parent).any() for parent in space.ancestors(key) if not space.covered(parent)):
+                continue
+            alone = by_layer and space.shapes[key] != ()
             pools.setdefault((key.granularity, key.layer if alone else -1), []).append(key)
         return list(pools.values())
 

@@ -31,12 +31,14 @@ class Verdict:
 
 
 def verdicts_of(report: Report) -> tuple[Verdict, ...]:
-    """All verdicts, the task first. Where the full model does not do it, none of the others speaks for a circuit or against it."""
+    """All verdicts, the task first. Where the full model does not do it, or on too few prompts, none of the others speaks for a circuit or
+    against it."""
     tests = [Verdict(test.name, test.passed, test.sentence) for test in (report.equivalence, report.independence, report.minimality)]
     task, others = _task(report), [_faithfulness(report), _completeness(report), _random_circuits(report), *tests, _redundancy(report),
                                    _ablations(report)]
-    if task.passed is False:
-        others = [replace(one, passed=None, sentence=f"(no task here, so no claim) {one.sentence}") for one in others]
+    few = f"fewer than {FEWEST} prompts, so no claim" if report.settings.n_prompts < FEWEST else ""
+    if why := "no task here, so no claim" if task.passed is False else few:
+        others = [replace(one, passed=None, sentence=f"({why}) {one.sentence}") for one in others]
     return (task, *others)
 
 
@@ -107,7 +109,7 @@ def _redundancy(report: Report) -> Verdict:
         return Verdict("redundancy", False, f"{listed[0].upper()}{listed[1:]}. So the circuit is one of several that do the same.")
     if not report.stand_ins_sought and report.pairs_among < 2:
         return Verdict("redundancy", None, "Not looked for: no unit tried has an effect of its own, and there is no pair of them.")
-    pairs = "" if report.pairs_among < 2 else f" No pair among {report.pairs_among} kept units without such an effect matters together."
+    pairs = "" if report.pairs_among < 2 else f" No two of the {report.pairs_among} kept units of smallest effect do each other's work."
     return Verdict("redundancy", True, (
         f"For none of the {report.stand_ins_sought} units that cost {MATTERS:.0%} or more of the ablated model's KL when removed was a "
         f"stand-in of the same kind found outside of the circuit.{pairs} Stand-ins of another kind, or of more than a few units, were not "

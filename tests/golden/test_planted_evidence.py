@@ -132,6 +132,16 @@ def test_where_both_of_the_pair_are_kept_either_may_go(seed: int) -> None:
     assert "suffices, both are kept" in report.verdict("redundancy").sentence
 
 
+def test_a_pair_whose_halves_matter_a_little_is_named_too() -> None:
+    """With weaker logits each of the two heads alone costs more than nothing, but far less than both."""
+    wired, heads = plant("redundant"), redundant_heads(plant("redundant"))
+    with torch.no_grad():
+        wired.model.unembed.W_U.mul_(0.3)
+    report = tlnp.report(wired.model, tlnp.Circuit.full(wired.space(COARSE)), wired.prompts(24, 50), **CHEAP)
+    assert min(report.effects.loc[head, "kl_rise"] for head in heads) > 0.1 * report.evaluation.ablated.kl
+    assert any({str(one.unit), *map(str, one.others)} == set(heads) for one in report.redundancies)
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_no_redundancy_is_claimed_where_there_is_none(name: str) -> None:
     wired = plant(name)

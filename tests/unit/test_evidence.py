@@ -211,6 +211,26 @@ def test_other_ablations_and_missing_corrupted_prompts(toy: Toy) -> None:
         tlnp.report(model, circuit_with(model, ablation=tlnp.Ablation("mean")), prompts, **CHEAP)
 
 
+def test_one_prompt_decides_nothing(toy: Toy) -> None:
+    report = tlnp.report(toy[0], circuit_with(toy[0]), toy[1][:1], **CHEAP)
+    assert all(verdict.passed is None for verdict in report.verdicts)
+    assert report.verdict("random circuits").sentence.startswith("(fewer than 7 prompts, so no claim) ")
+
+
+def test_means_are_those_of_the_search_s_prompts(toy: Toy) -> None:
+    model, prompts = toy
+    train, test = prompts.split(0.5, seed=0)
+    circuit = circuit_with(model)
+    mean = tlnp.Ablation("mean").fit(model, train, circuit.space.hooks)
+    under = tlnp.Circuit(circuit.space, {key: circuit.live(*key) for key in circuit.space.shapes}, mean)
+    report = tlnp.report(model, circuit, train, held_out=test, **CHEAP)
+    assert report.ablations.loc["mean", "kl"] == pytest.approx(tlnp.evaluate(model, under, test).kl)
+    lengths = prompts.attention_mask.sum(1)
+    short = prompts[(lengths == lengths.min()).nonzero()[:, 0]]
+    longer = tlnp.report(model, circuit, short, held_out=prompts, **CHEAP)
+    assert "mean" not in longer.ablations.index and any("Mean ablation is left out" in note for note in longer.notes)
+
+
 def test_a_constant_metric_is_named(toy: Toy) -> None:
     model, prompts = toy
     last = find_nodes(model).restrict(("mlp",), [2])

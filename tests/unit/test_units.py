@@ -100,6 +100,20 @@ def test_few_circuits_are_counted_and_then_drawn_over_all_layers(toy: Toy) -> No
     assert SizeMatched(tlnp.Circuit.full(space)).possible == SizeMatched(tlnp.Circuit.empty(space)).possible == 1
 
 
+def test_under_a_layer_gate_random_circuits_have_the_size_too(toy: Toy) -> None:
+    """Above heads but not MLPs a layer's gate decides by itself."""
+    space = find_nodes(toy[0]).restrict(("layer", "head"))
+    gates = {key: torch.ones(shape) for key, shape in space.shapes.items()}
+    gates[GateKey("layer", 1)][()] = 0
+    gates[GateKey("head", 0)][1:] = gates[GateKey("head", 2)][2:] = 0
+    circuit = tlnp.Circuit(space, gates)
+    null, generator = SizeMatched(circuit), torch.Generator().manual_seed(0)
+    assert null.over_layers and null.possible == 56  # 3 of 8
+    drawn = [null.draw(generator) for _ in range(200)]
+    assert {one.size for one in drawn} == {3} and all(one.count() == circuit.count() for one in drawn)
+    assert len({str(one.nodes("head")) for one in drawn}) > 40
+
+
 def test_arrangements_by_brute_force(toy: Toy) -> None:
     from tl_nodeprune.units import _log_arrangements
 
