@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from tl_nodeprune import tasks, toy
+from tl_nodeprune.ablation import as_ablation
+from tl_nodeprune.checks import check_agreement
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.crosscheck import COARSE, activation_patching
 from tl_nodeprune.evaluation import Evaluation, evaluate
 from tl_nodeprune.masks import add_node_masks
-from tl_nodeprune.nodes import GRANULARITIES
+from tl_nodeprune.nodes import GRANULARITIES, check_granularities
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.pruning import PruneResult
 from tl_nodeprune.viz import overview, save_html
@@ -99,8 +101,8 @@ def _check_page(path: Path) -> None:
 
 
 def _write_page(path: Path, model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, task: str, *, effects: bool = True) -> None:
-    space = circuit.circuit.space if isinstance(circuit, PruneResult) else circuit.space
-    patched = [name for name in COARSE if name in {key.granularity for key in space.present}]
+    gated = (circuit.circuit if isinstance(circuit, PruneResult) else circuit).space.granularities
+    patched = [name for name in COARSE if name in gated]
     found = activation_patching(model, prompts[:_PATCHED], patched) if effects and patched else None
     path.parent.mkdir(parents=True, exist_ok=True)
     save_html(path, *overview(model, circuit, prompts, task=task, effects=found), title=f"Circuit: {task}")
@@ -111,6 +113,9 @@ def _prune(args: argparse.Namespace) -> None:
     if args.max_kl <= 0:
         raise ValueError(f"--max-kl {args.max_kl}; it must be above 0.")
     _check_task(args.task)
+    as_ablation(args.ablation)
+    check_agreement(args.agreement)
+    check_granularities(args.granularities, GRANULARITIES)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file; give a folder, which need not exist yet.")
     model = load_model(args.model, args.device)
@@ -165,7 +170,7 @@ def _find(model: Any, train: PromptPairs, test: PromptPairs, *, granularities: S
 def _show(result: PruneResult, report: Evaluation) -> None:
     print(f"\nLive nodes by layer:\n{result.circuit.summary().to_string()}")
     print(f"\nOn held-out prompts:\n{report}")
-    print(f"\n{'Within' if result.converged else 'NOT within'} the budget: KL {result.kl:.4f} nats on the prompts of the search. "
+    print(f"\n{'Converged' if result.converged else 'NOT converged'}: KL {result.kl:.4f} nats on the prompts of the search. "
           f"{result.circuit.size:,} of {result.circuit.size_total:,} leaf nodes ({1 - result.circuit.sparsity:.1%}), "
           f"{result.circuit.parameters:,} of {result.circuit.parameters_total:,} weights, {result.seconds:.0f} s.")
 
@@ -176,5 +181,10 @@ def _as_json(settings: dict[str, Any], result: PruneResult, report: Evaluation) 
         "settings": settings | {"ablation": circuit.ablation.name, "granularities": list(circuit.space.granularities)},
         "converged": result.converged, "kl": result.kl, "seconds": result.seconds, "peak_memory_bytes": result.peak_memory,
         "live": circuit.count(), "nodes": circuit.space.totals(), "weights": [circuit.parameters, circuit.parameters_total],
-        "held_out": asdict(report) | {"faithfulness": None if math.isnan(report.faithfulness) else report.faithfulness},
+        "p_value": _or_null(result.p_value), "minimal": result.minimal, "gap": _or_null(result.gap),
+        "held_out": asdict(report) | {"faithfulness": _or_null(report.faithfulness)},
     }
+
+
+def _or_null(value: float) -> float | None:
+    return None if math.isnan(value) else value

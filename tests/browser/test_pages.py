@@ -179,7 +179,7 @@ def test_kept_neurons_clean_above_corrupted(page: Any, markup_toy: Toy) -> None:
     view = page.find_elements("css selector", "section.view")[0]
     names = [model.to_str_tokens(tokens[0])[2] for tokens in (prompts[0].clean, prompts[0].corrupted)]
     assert names[0] != names[1] and 0 <= view.text.find(f" {names[0]}") < view.text.find(f" {names[1]}")
-    assert len(view.find_elements("css selector", "option")) > 100  # neurons to choose from
+    assert len(view.find_elements("css selector", "option")) >= 50  # neurons to choose from
 
 
 def test_a_table_is_not_markup(driver: Any, tmp_path: Path) -> None:

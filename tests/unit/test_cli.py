@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.cli import main
+from tl_nodeprune.cli import _as_json, main
 
 Toy = tuple[Any, tlnp.PromptPairs]
 ROW = {"clean": "So Mary is a really good friend, isn't", "corrupted": "So John is a really good friend, isn't",
@@ -70,19 +72,17 @@ def test_prune_writes_both_files(toy: Toy, tmp_path: Path, capsys: pytest.Captur
     report, circuit = json.loads((out / "report.json").read_text()), tlnp.Circuit.load(out / "circuit.safetensors")
     circuit.check_fits(toy[0])
     assert report["live"] == circuit.count() and report["settings"]["max_kl"] == 0.2 and 0 < circuit.size < circuit.size_total
-    assert report["converged"] is True and report["kl"] <= 0.2 and {"circuit", "full", "ablated"} <= set(report["held_out"])
+    assert report["converged"] is True and report["kl"] <= 0.2 and report["p_value"] < 0.01 and report["gap"] is None
+    assert {"circuit", "full", "ablated"} <= set(report["held_out"])
     assert "leaf nodes" in capsys.readouterr().out
 
 
-def test_the_report_is_json_where_a_figure_is_not_a_number(tmp_path: Path) -> None:
-    """Corrupted prompts that are the clean ones: ablation changes nothing, so there is no faithfulness."""
-    task = tmp_path / "task.jsonl"
-    task.write_text("".join(json.dumps(row | {"corrupted": row["clean"]}) + "\n" for row in rows()))
-    options = ["--granularities", "mlp", "--agreement", "0.5"]
-    with pytest.warns(UserWarning, match="no circuit is claimed"):
-        assert main(["prune", "--model", "toy", "--task", str(task), "--out", str(tmp_path), *options]) == 0
-    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
-    assert report["held_out"]["faithfulness"] is None and report["settings"]["agreement"] == 0.5 and not report["converged"]
+def test_the_report_is_json_where_a_figure_is_not_a_number(toy: Toy, tmp_path: Path) -> None:
+    circuit = tlnp.Circuit.full(tlnp.probe.find_nodes(toy[0]).restrict(("mlp",)))
+    result = tlnp.PruneResult(circuit, True, 0.01, [], 1.0, 0)
+    found = dataclasses.replace(tlnp.evaluate(toy[0], circuit, toy[1]), faithfulness=math.nan)
+    report = json.loads(json.dumps(_as_json({}, result, found), allow_nan=False))
+    assert report["held_out"]["faithfulness"] is report["p_value"] is report["gap"] is None and report["kl"] == 0.01
 
 
 def test_python_m_is_the_command() -> None:
@@ -123,6 +123,14 @@ def test_show_refuses_in_one_line(toy: Toy, tmp_path: Path, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert text in error and error.startswith("tl-nodeprune: ") and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("granularities", [*([name] for name in tlnp.nodes.GRANULARITIES), ["attn_neuron", "mlp_neuron"]])
+def test_show_whatever_is_gated(toy: Toy, tmp_path: Path, granularities: list[str]) -> None:
+    path, html = tmp_path / "c.safetensors", tmp_path / "c.html"
+    tlnp.Circuit.full(tlnp.probe.find_nodes(toy[0]).restrict(granularities)).save(path)
+    assert main(["show", str(path), "--model", "toy", "--task", "ioi", "--html", str(html), "--prompts", "2"]) == 0
+    assert "Leaf nodes live" in html.read_text(encoding="utf-8")
 
 
 def test_show_refuses_a_circuit_of_another_model(other_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

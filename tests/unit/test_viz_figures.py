@@ -206,6 +206,34 @@ def test_agreement_as_crosscheck_counts_it() -> None:
         assert f"AUROC {table.of(name).auroc:.3g} (" in said[title]
 
 
+def test_agreement_and_compare_say_scores_and_effects() -> None:
+    circuit = random_circuit()
+    effects, scores = random_effects(circuit), {hook: torch.rand(mask.shape) for hook, mask in circuit.items()}
+    assert "<br>score " in shown(tlnp.viz.agreement(circuit, effects, scores=scores).data[0])
+    heads = tlnp.viz.compare(circuit, ~circuit, scores=scores, effects=effects).data[0]
+    z = "blocks.1.attn.hook_z"
+    assert heads.hovertext[1][2].endswith(f"<br>score {float(scores[z][2].max()):.4g}<br>effect {float(effects[z][2].sum()):.4g}")
+
+
+def test_scores_of_heads_are_one_per_head() -> None:
+    """As `rank` gives them where heads are the finest nodes, while a mask there is [head, d_head]."""
+    circuit = random_circuit(only=("head", "mlp"))
+    scores = tlnp.NodeScores.from_flat(torch.arange(12.0), circuit.space)
+    assert scores["blocks.1.attn.hook_z"].shape == (3,) and circuit["blocks.1.attn.hook_z"].shape == (3, 4)
+    table = tlnp.viz.node_table(circuit, scores=scores, live=False).set_index("node")
+    assert table.loc["head 1.2", "score"] == float(scores["blocks.1.attn.hook_z"][2])
+    assert "<br>score " in tlnp.viz.mask_map(circuit, scores=scores).data[0].hovertext[1][2]
+    assert tlnp.viz.circuit_graph(circuit, scores=scores)
+
+
+def test_effects_of_heads_show_where_only_their_dims_are_gated() -> None:
+    circuit, space = random_circuit(only=("attn_neuron",)), space_of(3, ("head",))
+    gates = {key: torch.tensor([1.0, 2, 3]) + 10 * key.layer for key in space.shapes}
+    effects = Effects(gates, space, "denoise", "activation patching", 1.0, 0.0, 1)
+    assert tlnp.viz.mask_map(circuit, effects=effects).data[0].hovertext[2][1].endswith("<br>effect 22")
+    assert not tlnp.viz.circuit_graph(circuit, effects=effects).layout.showlegend  # by effect, not by share
+
+
 def test_node_table_lists_what_is_kept() -> None:
     circuit = random_circuit()
     effects = random_effects(circuit)

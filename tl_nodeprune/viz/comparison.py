@@ -12,20 +12,24 @@ from plotly.subplots import make_subplots
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.nodes import GateKey, node_name
 from tl_nodeprune.pruning import PruneResult
-from tl_nodeprune.viz.maps import PRUNED, head_shares, live_scale
-from tl_nodeprune.viz.values import TITLES, circuit_of, colorbar, height, title
+from tl_nodeprune.viz.maps import PRUNED, head_shares, live_scale, values_texts
+from tl_nodeprune.viz.values import TITLES, Values, check_values, circuit_of, colorbar, height, title
 
+_NOTHING = "#AAAAAA"  # opaque, since the number on it is coloured against it
 _COLOURS = (PRUNED, "#4C78A8", "#F58518", "#54A24B")  # the last three from plotly.colors.qualitative.T10
 
 
 def compare(circuit_a: Circuit | PruneResult, circuit_b: Circuit | PruneResult, *, names: tuple[str, str] = ("a", "b"),
-            task: str = "") -> go.Figure:
+            scores: Values | None = None, effects: Values | None = None, task: str = "") -> go.Figure:
     """What two circuits over the same nodes share: a map of heads (in both, in one, in neither), and the intersection over union of
     live nodes by layer and granularity; no number where neither has a node.
 
-    Raises: TypeError for what is no circuit; ValueError where the two are over different nodes.
+    Raises: TypeError for what is no circuit or no mapping; ValueError where the two are over different nodes, or for scores or effects
+    of other hooks or shapes.
     """
     a, b = circuit_of(circuit_a, "circuit_a"), circuit_of(circuit_b, "circuit_b")
+    check_values(a, scores, "scores")
+    check_values(a, effects, "effects")
     names = (html.escape(names[0]), html.escape(names[1]))
     iou, both = a.iou(b), (a & b).size  # iou raises where they are over different nodes
     has_heads = head_shares(a) is not None
@@ -33,7 +37,7 @@ def compare(circuit_a: Circuit | PruneResult, circuit_b: Circuit | PruneResult, 
     fig = make_subplots(rows=1, cols=len(titles), horizontal_spacing=0.08, subplot_titles=titles)
     common = {"y": [str(layer) for layer in a.space.layers], "xgap": 1, "ygap": 1, "hovertemplate": "%{hovertext}<extra></extra>"}
     if has_heads:
-        _add_heads(fig, a, b, names, common)
+        _add_heads(fig, a, b, names, (scores, effects), common)
     cells = [[_overlap(a, b, GateKey(name, layer), names) for name in a.space.granularities] for layer in a.space.layers]
     fig.add_trace(go.Heatmap(
         z=np.array([[cell[0] for cell in row] for row in cells]), x=[TITLES[name] for name in a.space.granularities], name="granularities",
@@ -46,17 +50,19 @@ def compare(circuit_a: Circuit | PruneResult, circuit_b: Circuit | PruneResult, 
     ablations = " and ".join(dict.fromkeys((a.ablation.name, b.ablation.name)))
     facts = " · ".join(part for part in (html.escape(task), shared, f"{ablations} ablation") if part)
     return fig.update_layout(
-        coloraxis={"colorscale": live_scale(), "cmin": 0, "cmax": 1, "colorbar": colorbar("IoU")}, height=height(len(cells)) + 60,
+        coloraxis={"colorscale": live_scale(_NOTHING), "cmin": 0, "cmax": 1, "colorbar": colorbar("IoU")}, height=height(len(cells)) + 60,
         margin={"t": 90, "b": 120}, legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
         title=title(f"{names[0]} and {names[1]}: intersection over union {iou:.2f}", facts))
 
 
-def _add_heads(fig: go.Figure, a: Circuit, b: Circuit, names: tuple[str, str], common: dict[str, Any]) -> None:
+def _add_heads(fig: go.Figure, a: Circuit, b: Circuit, names: tuple[str, str], values: tuple[Values | None, Values | None],
+               common: dict[str, Any]) -> None:
     one, two = head_shares(a), head_shares(b)
     assert one is not None and two is not None
     which = np.where(np.isnan(one), np.nan, (one > 0) + 2.0 * (two > 0))
     words = ("in neither", f"only in {names[0]}", f"only in {names[1]}", "in both")
-    told = [["" if np.isnan(v) else f"{node_name('head', layer, i)}: {words[int(v)]}" for i, v in enumerate(row)]
+    told = [["" if np.isnan(v) else f"{node_name('head', layer, i)}: {words[int(v)]}{more}"
+             for i, (v, more) in enumerate(zip(row, values_texts(a, GateKey("head", layer), *values), strict=False))]
             for layer, row in zip(a.space.layers, which, strict=True)]
     steps = [[edge / 4, colour] for i, colour in enumerate(_COLOURS) for edge in (i, i + 1)]
     fig.add_trace(go.Heatmap(z=which, x=[str(i) for i in range(which.shape[1])], hovertext=told, name="heads", showscale=False, zmin=0,

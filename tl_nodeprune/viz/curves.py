@@ -70,19 +70,20 @@ def frontier(*sources: Sweep | pd.DataFrame, task: str = "") -> go.Figure:
     return fig.update_layout(height=480, margin={"t": 70}, title=title("Size against faithfulness", facts))
 
 
-def agreement(circuit: Circuit | PruneResult, effects: Values, *, task: str = "") -> go.Figure:
+def agreement(circuit: Circuit | PruneResult, effects: Values, *, scores: Values | None = None, task: str = "") -> go.Figure:
     """A circuit's mask against effects of single nodes: for each granularity that has effects, its nodes from the largest absolute
     effect to the smallest, coloured by whether the circuit keeps them. Where the two agree all kept nodes stand at the left.
 
     AUROC: the chance that a kept node has a larger absolute effect than a pruned one, ties half; 0.5 by chance.
-    Raises: TypeError for what is no circuit or no mapping; ValueError for effects of other hooks or shapes.
+    Raises: TypeError for what is no circuit or no mapping; ValueError for effects or scores of other hooks or shapes.
     """
     circuit = circuit_of(circuit)
     if effects is None:
         raise TypeError("agreement needs effects, a mapping from hook name to tensor; see crosscheck.activation_patching.")
     check_values(circuit, effects, "effects")
+    check_values(circuit, scores, "scores")
     tables = {name: nodes.dropna(subset="effect") for name in circuit.space.granularities
-              for nodes in [nodes_frame(circuit, name, scores=None, effects=effects)] if nodes["effect"].notna().any()}
+              for nodes in [nodes_frame(circuit, name, scores=scores, effects=effects)] if nodes["effect"].notna().any()}
     if not tables:
         raise ValueError(f"effects has no {', '.join(circuit.space.granularities)} nodes to compare with the circuit's.")
     fig = make_subplots(rows=len(tables), cols=1, vertical_spacing=min(0.16, 0.3 / len(tables)),

@@ -70,7 +70,7 @@ def circuit_graph(circuit: Circuit | PruneResult, *, scores: Values | None = Non
 
 def _units(circuit: Circuit, layer: int, scores: Values | None, effects: Values | None) -> Iterator[_Unit]:
     def unit(key: GateKey, index: tuple[int, ...], x: float, live: np.ndarray, what: str) -> _Unit:
-        found = [value_of(circuit, key, values) if key in circuit.space.shapes else None
+        found = [value_of(circuit, key, values) if key in circuit.space.present else None
                  for value_of, values in ((effect_of, effects), (score_of, scores))]
         effect, score = (float("nan") if value is None else float(value[index]) for value in found)
         detail = f"{int(live.sum()):,} of {live.size:,} {what} live" if live.size > 1 else "live"

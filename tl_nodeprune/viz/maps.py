@@ -123,10 +123,10 @@ def _coloured(nodes: pd.DataFrame) -> dict[str, Any]:
     return {"color": sequential.Tealgrn[-1]}
 
 
-def live_scale() -> list[list[Any]]:
+def live_scale(nothing: str = PRUNED) -> list[list[Any]]:
     """Grey at 0, then plotly's Tealgrn."""
     colours = sequential.Tealgrn
-    return [[0, PRUNED], [1e-6, PRUNED], *([max(i / (len(colours) - 1), 1e-6), colour] for i, colour in enumerate(colours))]
+    return [[0, nothing], [1e-6, nothing], *([max(i / (len(colours) - 1), 1e-6), colour] for i, colour in enumerate(colours))]
 
 
 def _share(circuit: Circuit, key: GateKey) -> float:
@@ -138,23 +138,23 @@ def _share_text(circuit: Circuit, key: GateKey, scores: Values | None, effects: 
         return f"{key.granularity} {key.layer}: not gated"
     live = circuit.live(*key)
     if not live.ndim:
-        return f"{node_name(*key)}: {'live' if live else 'pruned'}{_values_texts(circuit, key, scores, effects)[0]}"
+        return f"{node_name(*key)}: {'live' if live else 'pruned'}{values_texts(circuit, key, scores, effects)[0]}"
     return f"layer {key.layer}: {int(live.sum()):,} of {live.numel():,} {TITLES[key.granularity]} live ({float(live.float().mean()):.1%})"
 
 
 def _head_texts(circuit: Circuit, layer: int, n: int, scores: Values | None, effects: Values | None) -> list[str]:
     hook, key = f"blocks.{layer}.attn.hook_z", GateKey("head", layer)
     mask = circuit[hook] if hook in circuit else torch.zeros(0, 1)
-    values = _values_texts(circuit, key, scores, effects) if key in circuit.space.shapes else [""] * n
+    values = values_texts(circuit, key, scores, effects) if key in circuit.space.present else [""] * n
     known = [f"{node_name(*key, i)}: {int(dims.sum())} of {len(dims)} dims live{values[i]}" for i, dims in enumerate(mask)]
     return known + [f"{node_name(*key, i)}: not gated" for i in range(len(known), n)]
 
 
-def _values_texts(circuit: Circuit, key: GateKey, scores: Values | None, effects: Values | None) -> list[str]:
+def values_texts(circuit: Circuit, key: GateKey, scores: Values | None, effects: Values | None) -> list[str]:
     """Score and effect of every node of a gate tensor, where there are any, as lines to follow its name."""
     found = {"score": score_of(circuit, key, scores), "effect": effect_of(circuit, key, effects)}
     lines = [[f"<br>{name} {number:.4g}" for number in value.flatten().tolist()] for name, value in found.items() if value is not None]
-    return ["".join(parts) for parts in zip(*lines, strict=True)] if lines else [""] * math.prod(circuit.space.shapes[key])
+    return ["".join(parts) for parts in zip(*lines, strict=True)] if lines else [""] * math.prod(circuit.space.present[key])
 
 
 def head_shares(circuit: Circuit) -> np.ndarray | None:

@@ -42,7 +42,7 @@ def overview(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *
     items.append(circuit_graph(circuit, **of))
     counts = circuit.count()
     items += [neuron_map(circuit, name, **of) for name in NEURONS if counts.get(name)]
-    items += [agreement(circuit, effects, task=task)] if effects is not None else []
+    items += [agreement(circuit, effects, scores=scores, task=task)] if effects is not None else []
     items.append(token_effects(model, circuit, prompts))
     items += [_heads(model, circuit, prompts)] if any(hook.endswith("hook_z") and circuit[hook].any() for hook in circuit) else []
     items += [kept_neurons(model, circuit, prompts)] if counts.get("mlp_neuron") else []

@@ -29,39 +29,37 @@ Neuron = tuple[int, int]  # layer, index
 def kept_neurons(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *, prompt: int = 0, most: int = 50) -> RenderedHTML:
     """Activations of the live MLP neurons, each labelled layer.neuron, on a clean prompt and, below it, on its corrupted one.
 
-    prompt: which of the prompts. most: neurons shown per layer at most, the lowest indices first; the caption says how many there are.
+    prompt: which of the prompts. most: neurons shown at most, those of the largest absolute activation on either prompt, over all
+    layers; the caption says what is left out.
     Raises: ValueError where the circuit has no live MLP neuron, or the circuit or the prompt does not fit the model; IndexError
     where there is no such prompt; TypeError for what is no circuit or no PromptPairs; RuntimeError where a circuit is applied.
     """
-    circuit, one = _checked(model, circuit, prompts, prompt, most=most)
-    if "mlp_neuron" not in circuit.space.granularities or not circuit.nodes("mlp_neuron"):
-        raise ValueError("this circuit has no live MLP neuron to show.")
-    live = {layer: circuit.live("mlp_neuron", layer) for layer in _neuron_layers(circuit)}
-    picked = [(layer, int(i)) for layer, kept in live.items() for i in kept.nonzero()[:most, 0]]
-    total = sum(int(kept.sum()) for kept in live.values())
-    rest = f", {most} per layer at most, the lowest indices first" if len(picked) < total else ""
-    seen = _neurons(model, one, sorted({layer for layer, _ in picked}))
-    return _neuron_view(model, one, seen, picked, f"{len(picked):,} of the circuit's {total:,} live MLP neurons{rest}")
+    return _strongest_neurons(model, circuit, prompts, prompt, most, live=True)
 
 
 def pruned_neurons(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *, prompt: int = 0, most: int = 50) -> RenderedHTML:
-    """Activations of the MLP neurons that were cut, as `kept_neurons` shows those that were kept: the `most` strongest over all layers,
-    by their largest absolute activation on either prompt. The caption says what is left out.
+    """Activations of the MLP neurons that were cut, as `kept_neurons` shows those that were kept.
 
     Raises: ValueError where the circuit gates no MLP neuron, or cuts none; and as `kept_neurons`.
     """
+    return _strongest_neurons(model, circuit, prompts, prompt, most, live=False)
+
+
+def _strongest_neurons(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, prompt: int, most: int, *, live: bool
+                       ) -> RenderedHTML:
     circuit, one = _checked(model, circuit, prompts, prompt, most=most)
-    layers = _neuron_layers(circuit)
-    cut = [(layer, int(i)) for layer in layers for i in (~circuit.live("mlp_neuron", layer)).nonzero()[:, 0]]
-    if not cut:
-        raise ValueError("this circuit has no pruned MLP neuron to show.")
+    kind = "live" if live else "pruned"
+    layers = [layer for layer in circuit.space.layers if f"blocks.{layer}.mlp.hook_post" in circuit]
+    nodes = [(layer, int(i)) for layer in layers for i in (circuit.live("mlp_neuron", layer) == live).nonzero()[:, 0]]
+    if not nodes:
+        raise ValueError(f"this circuit has no {kind} MLP neuron to show.")
     seen = _neurons(model, one, layers)
     peak = {layer: torch.stack([run[layer].abs().amax(0) for run in seen]).amax(0) for layer in layers}
-    strength = torch.stack([peak[layer][i] for layer, i in cut])
+    strength = torch.stack([peak[layer][i] for layer, i in nodes])
     order = strength.argsort(descending=True, stable=True)[:most].tolist()
-    picked, weakest = [cut[i] for i in order], float(strength[order[-1]])
-    rest = f"; the {len(cut) - len(picked):,} left out stay within ±{weakest:.3g}" if len(picked) < len(cut) else ""
-    return _neuron_view(model, one, seen, picked, f"The {len(picked):,} strongest of {len(cut):,} pruned MLP neurons{rest}")
+    picked, weakest = [nodes[i] for i in order], float(strength[order[-1]])
+    rest = f"; the {len(nodes) - len(picked):,} left out stay within ±{weakest:.3g}" if len(picked) < len(nodes) else ""
+    return _neuron_view(model, one, seen, picked, f"The {len(picked):,} strongest of {len(nodes):,} {kind} MLP neurons{rest}")
 
 
 def kept_heads(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *, prompt: int = 0, most: int = 40) -> RenderedHTML:
@@ -150,10 +148,6 @@ def _checked(model: Any, circuit: Any, prompts: PromptPairs, prompt: int, **coun
         circuit.check_fits(model)
         one.check_fits(model)
     return circuit, one
-
-
-def _neuron_layers(circuit: Circuit) -> list[int]:
-    return [layer for layer in circuit.space.layers if f"blocks.{layer}.mlp.hook_post" in circuit]
 
 
 def _real(one: PromptPairs) -> Tensor:

@@ -56,7 +56,8 @@ def colorbar(what: str) -> dict[str, Any]:
 
 
 def check_values(circuit: Circuit, given: Values | None, name: str) -> None:
-    """Raises TypeError where `given` is no mapping, ValueError where it has no hook of the circuit, or one in another shape."""
+    """Raises TypeError where `given` is no mapping, ValueError where it has no hook of the circuit, or one in the shape neither of the
+    hook nor of nodes there (a head-level score is one per head)."""
     if given is None:
         return
     if not isinstance(given, Mapping):
@@ -68,15 +69,16 @@ def check_values(circuit: Circuit, given: Values | None, name: str) -> None:
                          f"the circuit {', '.join(list(circuit)[:4])}.")
     for hook in shared:
         have, want = tuple(torch.as_tensor(given[hook]).shape), circuit.space.width(hook)
-        if have != want:
+        if have != want and have not in [shape for key, shape in circuit.space.present.items() if key.hook == hook]:
             raise ValueError(f"{name}[{hook!r}] is {list(have)}, the circuit's mask there is {list(want)}; is it of another model?")
 
 
 def effect_of(circuit: Circuit, key: GateKey, effects: Values | None) -> Float[Tensor, "..."] | None:
     """The effects of one gate tensor's nodes, shaped as it is; None where they were not measured.
 
-    Effects has every granularity's own. In another mapping, values that are all the same within a coarser node at that hook point are
-    that node's effect; where they differ a coarser node's effect is their sum, as first-order effects add up.
+    Effects has every granularity's own, also of nodes that are not gated. In another mapping, values that are all the same within a
+    coarser node at that hook point are that node's effect; where they differ a coarser node's effect is their sum, as first-order
+    effects add up.
     """
     if effects is None:
         return None
@@ -86,7 +88,9 @@ def effect_of(circuit: Circuit, key: GateKey, effects: Values | None) -> Float[T
         return None
     value = torch.as_tensor(effects[key.hook]).detach().float().cpu()
     coarsest = min((len(shape) for k, shape in circuit.space.present.items() if k.hook == key.hook), default=value.ndim)
-    ndim = len(circuit.space.shapes[key])
+    ndim = len(circuit.space.present[key])
+    if ndim > value.ndim:
+        return None
     if ndim == value.ndim:
         same = coarsest < ndim and _is_flat(value, coarsest)
         return None if same else value
@@ -97,7 +101,9 @@ def score_of(circuit: Circuit, key: GateKey, scores: Values | None) -> Float[Ten
     """The scores of one gate tensor's nodes, shaped as it is; a coarse node has the largest score below it."""
     if scores is None or key.hook not in scores:
         return None
-    value, ndim = torch.as_tensor(scores[key.hook]).detach().float().cpu(), len(circuit.space.shapes[key])
+    value, ndim = torch.as_tensor(scores[key.hook]).detach().float().cpu(), len(circuit.space.present[key])
+    if ndim > value.ndim:
+        return None
     return value if ndim == value.ndim else value.flatten(ndim).amax(-1)
 
 
