@@ -15,7 +15,7 @@ from tl_nodeprune.prompts import PromptPairs
 ABLATIONS: tuple[str, ...] = ("interchange", "mean", "zero", "optimal")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ablation:
     """Where the stand-in of a closed node comes from.
 
@@ -32,19 +32,29 @@ class Ablation:
         if self.name not in ABLATIONS:
             raise ValueError(f"unknown ablation {self.name!r}; allowed: {', '.join(ABLATIONS)}.")
 
+    def __eq__(self, other: object) -> bool:
+        """The same name and the same constants."""
+        if not isinstance(other, Ablation) or self.name != other.name or set(self.constants) != set(other.constants):
+            return False
+        return all(torch.equal(value, other.constants[hook]) for hook, value in self.constants.items())
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     @property
     def fitted(self) -> bool:
         """Whether it can serve without being fitted first."""
         return self.name in ("interchange", "zero") or bool(self.constants)
 
     def fit(self, model: Any, prompts: PromptPairs, hooks: Sequence[str], *, batch_size: int = 64) -> Ablation:
-        """With constants from the clean prompts: for "optimal" the mean over positions too, to start learning from."""
+        """With constants from the clean prompts, float32: for "optimal" the mean over positions too, to start learning from."""
         if self.fitted:
             return self
         sums, count = _position_sums(model, prompts, hooks, batch_size)
         if self.name == "optimal":
             return Ablation(self.name, {hook: (s.sum(0) / count.sum()) for hook, s in sums.items()})
-        return Ablation(self.name, {hook: s / count.clamp(min=1).view(-1, *[1] * (s.ndim - 1)) for hook, s in sums.items()})
+        reach = prompts.reach  # padding that all prompts end in has no mean
+        return Ablation(self.name, {hook: s[:reach] / count[:reach].clamp(min=1).view(-1, *[1] * (s.ndim - 1)) for hook, s in sums.items()})
 
     def values(self, model: Any, prompts: PromptPairs, hooks: Sequence[str], *, batch_size: int = 64) -> dict[str, Tensor]:
         """The stand-ins for these prompts, by hook name; each broadcasts to the hook's activation [batch pos ...].
@@ -65,10 +75,11 @@ class Ablation:
 
     def _means_to(self, hook: str, prompts: PromptPairs) -> Tensor:
         means, width = self.constants[hook], prompts.clean.shape[1]
-        if len(means) < width:
-            raise ValueError(f"mean ablation was fitted on prompts of {len(means)} tokens, these have {width}; "
+        if len(means) < prompts.reach:
+            raise ValueError(f"mean ablation was fitted on prompts of {len(means)} tokens, these have {prompts.reach}; "
                              "fit it on prompts at least as long, or use another ablation.")
-        return means[:width].to(prompts.clean.device)
+        padding = means.new_zeros(max(width - len(means), 0), *means.shape[1:])
+        return torch.cat([means[:width], padding]).to(prompts.clean.device)
 
 
 def as_ablation(given: str | Ablation) -> Ablation:
@@ -89,7 +100,7 @@ def _position_sums(model: Any, prompts: PromptPairs, hooks: Sequence[str], batch
         real = batch.attention_mask
         assert real is not None
         for hook, activation in capture_nodes(model, batch.clean, hooks).items():
-            shaped = real.view(*real.shape, *[1] * (activation.ndim - 2)).to(activation)
-            sums[hook] = sums.get(hook, 0) + (activation * shaped).sum(0)
+            shaped = real.view(*real.shape, *[1] * (activation.ndim - 2)).to(activation.device)
+            sums[hook] = sums.get(hook, 0) + (activation.float() * shaped).sum(0)
     assert prompts.attention_mask is not None
     return sums, prompts.attention_mask.sum(0)

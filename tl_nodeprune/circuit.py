@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation, batches
-from tl_nodeprune.hooks import Attachment, HookFn, answer_logits, find_attachment, mask_hooks, temporary_hooks
+from tl_nodeprune.hooks import Attachment, HookFn, answer_logits, find_attachment, mask_hooks, remove_dead, temporary_hooks
 from tl_nodeprune.nodes import GateKey, Gates, NodeSpace, combine, count_parameters, settle
 from tl_nodeprune.probe import check_ready, find_nodes
 from tl_nodeprune.prompts import PromptPairs
@@ -204,6 +204,7 @@ class Circuit(Mapping[str, Tensor]):
             attachment.remove()
 
     def _check_use(self, model: Any, prompts: PromptPairs) -> None:
+        remove_dead(model)
         if find_attachment(model) is not None:
             raise RuntimeError("node masks or a circuit are attached to this model already; call model.remove_node_masks() "
                                "or leave the other circuit's `with` block first.")

@@ -48,6 +48,12 @@ class HardConcrete:
     open_score: float = 3.0
     closed_score: float = -3.0
 
+    def __post_init__(self) -> None:
+        ends = [float(self.value(torch.tensor(score))) for score in (self.open_score, self.closed_score)]
+        if ends != [1.0, 0.0]:
+            raise ValueError(f"open_score={self.open_score} and closed_score={self.closed_score} give masks of {ends[0]:.3g} and "
+                             f"{ends[1]:.3g} with gamma={self.gamma}, zeta={self.zeta}; they must give 1 and 0.")
+
     def value(self, score: Tensor) -> Tensor:
         return self._stretch(torch.sigmoid(score))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tl_nodeprune.nodes import HOOKS, layer_of
 
@@ -26,6 +27,7 @@ class Mix(torch.autograd.Function):
         return mask * clean + (1 - mask) * ablated
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (grad,) = grads
         mask, difference = ctx.saved_tensors
@@ -56,6 +58,7 @@ class Attachment:
     def __init__(self, model: Any, fns: Sequence[tuple[str, HookFn]], owner: object, *, freeze: bool = False) -> None:
         self.owner = owner
         self.active = True
+        self._tokens: Tensor | None = None
         self._handles: list[tuple[Any, Any]] = []
         self._frozen: list[Any] = []
         points = hook_points(model, [name for name, _ in fns])
@@ -79,19 +82,22 @@ class Attachment:
 
     @contextmanager
     def only_on(self, model: Any, tokens: Tensor) -> Iterator[None]:
-        """Inside, a forward on other tokens [batch pos] of this shape raises ValueError: the stand-ins of one prompt are no other's."""
+        """Inside, a forward on other tokens [batch pos] of this shape raises ValueError: the stand-ins of one prompt are no other's.
+        Nested, the innermost counts."""
         def check(module: Any, args: tuple[Any, ...]) -> None:
             run = args[0].to(tokens.device) if self.active and args and args[0].shape == tokens.shape else tokens
-            if not torch.equal(run, tokens):
+            if self._tokens is tokens and not torch.equal(run, tokens):
                 first = int((run != tokens).any(1).nonzero()[0])
                 raise ValueError(f"this forward runs on other prompts than the stand-ins are of (the first is prompt {first}). "
                                  "Use masks.paired(batch) or circuit.applied(model, batch) with the batch that you run.")
 
+        before, self._tokens = self._tokens, tokens
         handle = model.embed.register_forward_pre_hook(check)
         try:
             yield
         finally:
             handle.remove()
+            self._tokens = before
 
     @property
     def alive(self) -> bool:
@@ -119,6 +125,13 @@ def find_attachment(model: Any, *, dead_too: bool = False) -> Attachment | None:
     slots = (getattr(point, _SLOT, None) for point in dict(model.hook_dict).values())
     found = list(dict.fromkeys(slot for slot in slots if isinstance(slot, Attachment)))
     return next((one for one in found if one.alive), found[0] if found and dead_too else None)
+
+
+def remove_dead(model: Any) -> None:
+    """Give back what hooks of this library hold that `reset_hooks(including_permanent=True)` took off, such as frozen weights."""
+    attachment = find_attachment(model, dead_too=True)
+    if attachment is not None and not attachment.alive:
+        attachment.remove()
 
 
 @contextmanager
@@ -231,7 +244,7 @@ def _layer_hooks(name: str, mask_of: Fetch, ablated_of: Fetch) -> list[tuple[str
             stream.clear()
             return None
         added = _fitting(ablated_of(name), activation, name)
-        return mix(activation, stream[0] + added.to(stream[0]), mask)
+        return mix(activation, (before := stream.pop()) + added.to(before), mask)
 
     return [(resid_pre(name), remember), (name, apply_mask)]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation
 from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.hooks import mask_hooks, temporary_hooks
+from tl_nodeprune.hooks import HookFn, capture_nodes, mask_hooks, temporary_hooks
 from tl_nodeprune.limits import Limits
 from tl_nodeprune.nodes import GateKey, Gates, NodeSpace
 from tl_nodeprune.objective import LossFn, Reference, check_finite, choice_hinge, fisher_probes, kl_divergence
@@ -188,7 +188,7 @@ class Landscape:
         """Prompt indices in pieces of the batch size; with `look_first` a few from all over come first."""
         if look_first and len(rows) >= 2 * FIRST_LOOK:
             few = torch.arange(len(rows)) % (len(rows) // FIRST_LOOK) == 0
-            yield rows[few]
+            yield from self.reference.chunks(rows[few])
             rows = rows[~few]
         yield from self.reference.chunks(rows)
 
@@ -214,8 +214,33 @@ class Landscape:
 
     def _run(self, flat: Tensor, rows: Tensor) -> Tensor:
         masks, stand_ins = self._masks(flat), self.constants or self.reference.stand_ins(rows)
-        with temporary_hooks(self.reference.model, mask_hooks(masks, masks.__getitem__, stand_ins.__getitem__)):
+        hooks = [*mask_hooks(masks, masks.__getitem__, stand_ins.__getitem__), *self._closed_blocks(flat)]
+        with temporary_hooks(self.reference.model, hooks):
             return self.reference.logits(self.reference.prompts[rows])
+
+    def _closed_blocks(self, flat: Tensor) -> list[tuple[str, HookFn]]:
+        """Under zero ablation a block in which nothing is open writes 0, not its bias, as it does in the circuit. The gradient is as if it
+        were open, so that what is in it can return."""
+        if self.reference.ablation.name != "zero":
+            return []
+        ids, space = self.gates(torch.arange(self.n)), self.space
+        closed = [key for key in space.shapes if space.covered(key) and key.granularity in ("layer", "attn", "mlp")
+                  and not bool((flat[..., self._below(key, ids).flatten().to(flat.device)] > 0).any())]
+        parts = [part for key in closed for part in ((GateKey("attn", key.layer), GateKey("mlp", key.layer))
+                                                     if key.granularity == "layer" else (key,))]
+        return [(part.hook, _nothing) for part in dict.fromkeys(parts) if part in space.present]
+
+    def with_coarse(self, ablation: Ablation) -> Ablation:
+        """Learned constants, and with them those of coarse nodes that follow from what is below: what they write where all of that is
+        closed, so that closing them changes nothing."""
+        if not self.constants:
+            return ablation
+        free = {key.hook for key in self.keys}
+        hooks, model = [hook for hook in self.space.hooks if hook not in free], self.reference.model
+        zeros = {hook: torch.zeros((), device=ablation.constants[hook].device) for hook in free}
+        with temporary_hooks(model, mask_hooks(free, zeros.__getitem__, ablation.constants.__getitem__)):
+            seen = capture_nodes(model, self.reference.prompts.clean[:1], hooks)
+        return Ablation(ablation.name, {**ablation.constants, **{hook: value[0, 0].float() for hook, value in seen.items()}})
 
     def _masks(self, flat: Tensor) -> dict[str, Tensor]:
         """Masks by hook point for gates [node], or [batch node] for gates of each prompt's own."""
@@ -259,6 +284,11 @@ class Landscape:
         if not self.constants:
             return kept
         return Ablation(kept.name, {**kept.constants, **{hook: value.detach().clone() for hook, value in self.constants.items()}})
+
+
+def _nothing(activation: Tensor, hook: Any) -> Tensor:
+    """0, with the gradient of the activation."""
+    return activation - activation.detach()
 
 
 def _learned(reference: Reference) -> dict[str, Tensor]:

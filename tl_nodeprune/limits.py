@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -120,9 +121,9 @@ def _sums(unit: Tensor, values: Tensor) -> Tensor:
 
 def count_of(name: str, given: float | int, total: int) -> int:
     """A share (float) or count (int) of so many nodes as a count. Raises ValueError where it is out of range, TypeError for no number."""
-    if isinstance(given, bool) or not isinstance(given, int | float):
+    if isinstance(given, bool) or not isinstance(given, Real):
         raise TypeError(f"{name}={given!r}; it must be a number.")
-    is_share = isinstance(given, float)
+    is_share = not isinstance(given, Integral)
     count = round(given * total) if is_share and 0 < given <= 1 else 0 if is_share else given
     if not 1 <= count <= total:
         raise ValueError(f"{name}={given}; give a share above 0 and up to 1.0 as a float, or a count of 1 to {total} as an int.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tl_nodeprune.ablation import Ablation, as_ablation
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.gates import Gate, HardConcrete
-from tl_nodeprune.hooks import Attachment, find_attachment, inactive, mask_hooks
+from tl_nodeprune.hooks import Attachment, find_attachment, inactive, mask_hooks, remove_dead
 from tl_nodeprune.nodes import GateKey, NodeSpace, combine, spread
 from tl_nodeprune.probe import check_ready, device_of, find_nodes
 from tl_nodeprune.prompts import PromptPairs
@@ -219,10 +219,8 @@ def masks_off(model: Any) -> Iterator[None]:
 
 
 def _check_free(model: Any) -> None:
-    attachment = find_attachment(model, dead_too=True)
-    if attachment is not None and not attachment.alive:
-        attachment.remove()
-    elif attachment is not None:
+    remove_dead(model)
+    if (attachment := find_attachment(model)) is not None:
         what = "node masks are" if isinstance(attachment.owner, NodeMasks) else "a circuit is"
         raise RuntimeError(f"{what} attached to this model already; call model.remove_node_masks() "
                            "or leave the circuit's `with` block first.")

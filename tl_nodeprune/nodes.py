@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -175,13 +176,13 @@ def check_layers(given: Iterable[int] | None, n_layers: int) -> frozenset[int]:
     """The layers asked for (negative ones count from the end); all for None. Raises ValueError on any other value."""
     if given is None:
         return frozenset(range(n_layers))
-    layers = [given] if isinstance(given, int) else list(given)
+    layers = list(given) if isinstance(given, Iterable) else [given]
     for layer in layers:
-        if not isinstance(layer, int) or not -n_layers <= layer < n_layers:
+        if not isinstance(layer, Integral) or not -n_layers <= int(layer) < n_layers:
             raise ValueError(f"layer {layer!r} does not exist; this model has layers 0 to {n_layers - 1}.")
     if not layers:
         raise ValueError(f"layers is empty; give some of 0 to {n_layers - 1}, or None for all.")
-    return frozenset(layer % n_layers for layer in layers)
+    return frozenset(int(layer) % n_layers for layer in layers)
 
 
 Gates = dict[GateKey, "torch.Tensor"]

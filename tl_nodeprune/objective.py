@@ -88,7 +88,7 @@ class Reference:
         """What closed nodes take on these prompts, by hook name."""
         if self._kept is None:
             return self.ablation.values(self.model, self.prompts[rows], self.hooks)
-        if self.ablation.name != "interchange" or len(rows) == len(self.prompts):
+        if self.ablation.name != "interchange" or torch.equal(rows, torch.arange(len(self.prompts))):
             return self._kept
         return {hook: value[rows.to(value.device)] for hook, value in self._kept.items()}
 
@@ -155,7 +155,9 @@ class PaperObjective:
                 order = list(torch.randperm(n, generator=generator).split(self.batch_size))
                 self._set_rate(optimizer, (step // per_epoch) * per_epoch / self.steps)
             rows, lam = order.pop(), self.lam * min(1.0, (step + 1) / max(self.warmup, 1))
-            with masks.sampling(generator), masks.standing_in(reference.stand_ins(rows)):
+            with masks.inactive():
+                stand_ins = reference.stand_ins(rows)
+            with masks.sampling(generator), masks.standing_in(stand_ins):
                 logits = reference.logits(reference.prompts[rows])
             check_finite(logits, f"the circuit at step {step}")
             kl = kl_divergence(logits, reference.full[rows]).mean()

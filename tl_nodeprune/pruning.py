@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import pandas as pd
@@ -44,12 +45,12 @@ class Step:
 class PruneResult:
     """What a search found. kl: the binary circuit's mean loss on the prompts it was found on (nats for KL).
 
-    converged: whether the budget is met, measured so, and the full model does the task on these prompts. p_value: of the test that it
-    does (see `Preference.p_value`); NaN where none was made. minimal: whether exact tests found that no single head, block or
-    node can be left out within the budget; False where they were cut short by `exact_tests`. gap: 1 + what
-    circuits of this size, each searched on three quarters of the pairs, have more in KL on the others than on their own (mean of four),
-    over this circuit's KL (NaN where not measured: fewer than 16 pairs). About `kl * gap` is to be expected on fresh prompts. seconds:
-    wall time.
+    converged: whether the budget (max_kl, max_loss) is met, measured so, and the full model does the task on these prompts; always True for
+    an objective. p_value: of the test that it does (see `Preference.p_value`); NaN where none was made. minimal: whether exact tests of all
+    heads, blocks and single nodes found that none can be left out within the budget that the search ended with and without choosing less
+    surely; False where `exact_tests` cut them short, and without max_kl or max_loss. gap: 1 + what circuits of
+    this size, each searched on three quarters of the pairs, have more in KL on the others than on their own (mean of four), over the
+    circuit's KL before room was made for that (NaN where not measured: fewer than 16 different pairs, or 24 steps). seconds: wall time.
     peak_memory: bytes, the process's peak on CPU (since its start; 0 on Windows), the allocator's on CUDA (since the search began).
     """
 
@@ -92,9 +93,10 @@ def prune(
     batch_size: prompts per forward (memory, not result). cache_bytes: stand-ins are kept up to this, recomputed above.
     seed: same seed, same machine, same circuit.
 
-    Where, with max_kl, the full model on corrupted prompts prefers the wrong answer, as when the corruption swaps two names, those pairs
-    are searched on in both directions, which makes the circuit hold on fresh prompts (docs/decisions). Where 7 pairs or more show
-    no preference of the full model for the answer on the clean prompts, no circuit is claimed: a warning, and `converged` is False.
+    Where, with max_kl or max_nodes, the full model on corrupted prompts prefers the wrong answer, as when the corruption swaps two names,
+    those pairs are searched on in both directions, which makes the circuit hold on fresh prompts (docs/decisions). Where 7 pairs or
+    more show no preference of the full model for the answer on the clean prompts, no circuit is claimed: a warning, and `converged` is
+    False.
 
     Raises: ValueError for a budget that is missing, doubled, not above 0, or of nodes that these masks do not gate, an agreement that is
     no share or without max_kl, prompts that do not fit the model, or a start over other nodes; TypeError for what is no number or no
@@ -107,8 +109,8 @@ def prune(
     check_counts(0, exact_tests=exact_tests)
     began, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
     history: list[Step] = []
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if device_of(model).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device_of(model))
     with tqdm(total=objective.steps if objective else steps, desc="prune", disable=not progress) as bar, _restored_on_error(masks):
         def record(step: int, kl: float, size: int, coefficient: float) -> None:
             history.append(Step(step, kl, size, coefficient))
@@ -177,7 +179,7 @@ def _budget(masks: NodeMasks, max_kl: float | None, agreement: float | None, max
         return Budget(limits=Limits.of(masks.space, max_nodes))
     check_agreement(agreement)
     for name, value in given.items():
-        if name != "objective" and value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if name != "objective" and value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
             raise TypeError(f"{name}={value!r}; it must be a number.")
     limit = max_kl if max_kl is not None else max_loss
     if limit is not None and not 0 < limit < float("inf"):
@@ -189,6 +191,8 @@ def _budget(masks: NodeMasks, max_kl: float | None, agreement: float | None, max
 
 def _ready(masks: NodeMasks, prompts: PromptPairs, start: Circuit | None) -> Any:
     model = searchable(masks, prompts)
+    if start is not None and not isinstance(start, Circuit):
+        raise TypeError(f"start must be a Circuit, got {type(start).__name__}; of a result it is `result.circuit`.")
     if start is not None and start.space.shapes != masks.space.shapes:
         raise ValueError(f"start is a circuit over other nodes, {', '.join(start.space.granularities)} in layers {start.space.layers}, "
                          f"than these masks ({', '.join(masks.space.granularities)} in layers {masks.space.layers}).")
@@ -201,7 +205,7 @@ def _search(masks: NodeMasks, model: Any, prompts: PromptPairs, budget: Budget, 
         landscape, sample, pairs = survey(masks, prompts, budget, batch_size=batch_size, cache_bytes=cache_bytes)
         stages = Stages(landscape, sample, step_prompts=step_prompts, generator=generator, record=record)
         minimal = stages.run(steps=steps, exact_tests=exact_tests, start=start)
-        masks.ablation = stages.best.ablation
+        masks.ablation = landscape.with_coarse(stages.best.ablation)
         circuit = landscape.circuit(_without_moot(landscape, stages.best), masks.ablation)
     kl = binary_loss(model, circuit, prompts, budget.loss, batch_size)
     task = {"p_value": pairs.p_value, "no_task": pairs.no_task} if pairs else {}

@@ -68,6 +68,7 @@ class Stages:
             search = Search(self.landscape, rows, steps=steps, first_step=self.taken, **self.common)  # type: ignore[arg-type]
             found = search.run()
             self.taken += search.taken
+            self.landscape.restore(found.ablation)
             excess += (self.landscape.snapshot(found.kept, held).loss - found.loss) / FOLDS
             self.landscape.restore(self.best.ablation)
         self.gap = 1 + max(excess, 0.0) / max(self.best.loss, 1e-12)
@@ -77,7 +78,7 @@ class Stages:
     def _found_by_scores(self, search: Search) -> bool:
         """Whether the tighter budget is better met by a cut through the search's own scores: where nodes matter alike for all prompts,
         those generalise better than nodes opened one by one. Where opening does not meet it, at up to `MOST` times the size."""
-        if self.budget.max_size is not None:
+        if not self.budget.smallest:
             return False
         cut = search.cut()
         most = self.best.size - 1 if self.best.violation <= NEARLY else MOST * self.best.size

@@ -84,3 +84,16 @@ def test_mix_gradients(ablated_shape: tuple[int, ...], mask_shape: tuple[int, ..
     shapes = ((2, 3, 4), ablated_shape, mask_shape)
     clean, ablated, mask = (torch.rand(s, generator=g, dtype=torch.float64, requires_grad=True) for s in shapes)
     assert torch.autograd.gradcheck(Mix.apply, (clean, ablated, mask))
+
+
+def test_mix_has_no_second_derivative_and_says_so() -> None:
+    """Its backward is not itself recorded: a silent second derivative would be wrong."""
+    clean, mask = torch.ones(2, 3, 4), torch.full((4,), 0.5, requires_grad=True)
+    (slope,) = torch.autograd.grad(mix(clean, torch.zeros(4), mask).pow(2).sum(), mask, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+def test_scores_that_do_not_reach_0_and_1_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"give masks of 0\.962 and 0\.0384 with gamma=-0\.01, zeta=1\.01"):
+        HardConcrete(gamma=-0.01, zeta=1.01)

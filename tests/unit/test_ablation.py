@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -78,3 +79,29 @@ def test_zero_ablation_is_the_embedding_alone(toy: Toy) -> None:
     with empty.applied(model, prompts):
         _, cache = model.run_with_cache(prompts.clean)
     torch.testing.assert_close(cache["blocks.2.hook_resid_post"], cache["blocks.0.hook_resid_pre"], atol=1e-6, rtol=0)
+
+
+def test_a_mean_is_of_positions_that_prompts_reach(toy: Toy) -> None:
+    """Padding that all prompts end in has none: longer prompts are refused, not given zeros."""
+    model, prompts = toy
+    lengths = prompts.attention_mask.sum(1)
+    short, hook = prompts[(lengths == lengths.min()).nonzero()[:, 0]], "blocks.1.attn.hook_z"
+    assert short.clean.shape[1] > lengths.min()
+    mean = tlnp.Ablation("mean").fit(model, short, [hook])
+    assert len(mean.constants[hook]) == lengths.min()
+    with pytest.raises(ValueError, match=f"fitted on prompts of {int(lengths.min())} tokens, these have {prompts.clean.shape[1]}"):
+        mean.values(model, prompts, [hook])
+
+
+def test_constants_are_summed_in_float32(toy: Toy) -> None:
+    model, prompts = toy
+    hook = "blocks.1.attn.hook_z"
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    one, all_at_once = (tlnp.Ablation("mean").fit(half, prompts, [hook], batch_size=size).constants[hook] for size in (1, 64))
+    assert one.dtype == torch.float32 and float((one - all_at_once).norm() / all_at_once.norm()) < 0.01
+
+
+def test_ablations_are_equal_by_name_and_constants() -> None:
+    ones, zeros = ({"a": torch.full((2,), value)} for value in (1.0, 0.0))
+    assert tlnp.Ablation("optimal", ones) == tlnp.Ablation("optimal", {"a": torch.ones(2)}) and tlnp.Ablation() == tlnp.Ablation()
+    assert tlnp.Ablation("optimal", ones) != tlnp.Ablation("optimal", zeros) and tlnp.Ablation("zero") != tlnp.Ablation()

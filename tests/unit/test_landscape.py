@@ -24,6 +24,50 @@ def landscape_of(toy: Toy, granularities: tuple[str, ...] | None = None) -> Land
     return Landscape(space, reference, Budget(), torch.zeros(len(prompts), dtype=torch.long))
 
 
+@pytest.mark.parametrize("granularities", [None, ("attn", "head", "mlp", "mlp_neuron"), ("layer", "head", "mlp_neuron")])
+@pytest.mark.parametrize("ablation", tlnp.ablation.ABLATIONS)
+def test_what_is_measured_is_the_circuit_that_comes_of_it(frozen_toy: Toy, ablation: str, granularities: tuple[str, ...] | None) -> None:
+    """Also where whole blocks are closed: a circuit closes their gates too, which puts the block's stand-in in place of its parts'."""
+    model, prompts = frozen_toy
+    space = find_nodes(model).restrict(granularities)
+    hooks = tuple(dict.fromkeys(key.hook for key in space.free()))
+    fitted = tlnp.Ablation(ablation).fit(model, prompts, space.hooks)
+    landscape = Landscape(space, Reference(model, prompts, fitted, hooks), Budget(), torch.zeros(len(prompts), dtype=torch.long))
+    generator = torch.Generator().manual_seed(0)
+    for constant in landscape.constants.values():
+        constant.data += 0.1 * torch.randn(constant.shape, generator=generator)
+    kept = torch.rand(landscape.n, generator=generator) < 0.6
+    for key, ids in landscape.gates(torch.arange(landscape.n)).items():
+        if key in landscape.keys and (key.layer == 1 or key.layer == 2 and key.granularity in ("attn_neuron", "head")):
+            kept[ids.flatten()] = False
+    found = landscape.snapshot(kept, torch.arange(len(prompts)))
+    circuit = landscape.circuit(kept, landscape.with_coarse(found.ablation))
+    assert not circuit.live(space.granularities[0], 1).any()
+    assert found.loss > 0.01 and tlnp.evaluate(model, circuit, prompts).kl == pytest.approx(found.loss, rel=1e-3)
+
+
+def test_under_zero_ablation_the_nodes_of_a_closed_block_can_return(frozen_toy: Toy) -> None:
+    model, prompts = frozen_toy
+    space = find_nodes(model).restrict(("attn", "head"))
+    landscape = Landscape(space, Reference(model, prompts, tlnp.Ablation("zero"), space.hooks), Budget(),
+                          torch.zeros(len(prompts), dtype=torch.long))
+    kept = torch.ones(landscape.n)
+    kept[4:8] = 0
+    _, gradient = landscape.gradient(kept, torch.arange(len(prompts)), 0)
+    assert gradient[4:8].abs().min() > 0
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_stand_ins_are_those_of_the_rows_in_any_order(toy: Toy, cache_bytes: int) -> None:
+    model, prompts = toy
+    reference = Reference(model, prompts, tlnp.Ablation(), ("blocks.1.attn.hook_z",), cache_bytes=cache_bytes)
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
+    for rows in (order, order[:5], torch.arange(len(prompts))):
+        (found,) = reference.stand_ins(rows).values()
+        (wanted,) = tlnp.Ablation().values(model, prompts[rows], ["blocks.1.attn.hook_z"]).values()
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("granularities", [None, ("head", "mlp"), ("layer", "attn", "mlp_neuron"), ("attn_neuron", "mlp_out")])
 def test_the_quadratic_has_the_exact_slope(frozen_toy: Toy, granularities: tuple[str, ...] | None) -> None:
     """Prompts' own gates and their backward passes, summed, are the one gradient that the search takes."""

@@ -209,8 +209,22 @@ def test_other_prompts_inside_paired_are_refused(toy: Toy) -> None:
             model(prompts.corrupted)
         with masks.paired(prompts), masks.inactive():
             model(prompts.corrupted)
+        turned = tlnp.PromptPairs(prompts.corrupted, prompts.clean, prompts.wrong_answers, prompts.answers, prompts.attention_mask)
+        with masks.paired(prompts):
+            with masks.paired(turned):
+                model(turned.clean)
+            model(prompts.clean)
     finally:
         model.remove_node_masks()
+
+
+def test_reset_hooks_and_a_circuit_do_not_leave_the_weights_frozen(fresh_toy: Toy) -> None:
+    model, prompts = fresh_toy
+    masks = model.add_node_masks(("head",))
+    model.reset_hooks(including_permanent=True)
+    with tlnp.Circuit.empty(masks.space).applied(model, prompts):
+        pass
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_nan_weights_are_no_matter_of_node_finding(fresh_toy: Toy) -> None:
