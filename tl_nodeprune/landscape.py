@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -223,12 +224,17 @@ class Landscape:
         were open, so that what is in it can return."""
         if self.reference.ablation.name != "zero":
             return []
-        ids, space = self.gates(torch.arange(self.n)), self.space
-        closed = [key for key in space.shapes if space.covered(key) and key.granularity in ("layer", "attn", "mlp")
-                  and not bool((flat[..., self._below(key, ids).flatten().to(flat.device)] > 0).any())]
+        closed = [key for key, below in self._blocks.items() if not bool((flat[..., below.to(flat.device)] > 0).any())]
         parts = [part for key in closed for part in ((GateKey("attn", key.layer), GateKey("mlp", key.layer))
                                                      if key.granularity == "layer" else (key,))]
-        return [(part.hook, _nothing) for part in dict.fromkeys(parts) if part in space.present]
+        return [(part.hook, _nothing) for part in dict.fromkeys(parts) if part in self.space.present]
+
+    @cached_property
+    def _blocks(self) -> dict[GateKey, Tensor]:
+        """The flat indices below each block and layer whose gate follows from them."""
+        ids = self.gates(torch.arange(self.n))
+        return {key: self._below(key, ids).flatten() for key in self.space.shapes
+                if key.granularity in ("layer", "attn", "mlp") and self.space.covered(key)}
 
     def with_coarse(self, ablation: Ablation) -> Ablation:
         """Learned constants, and with them those of coarse nodes that follow from what is below: what they write where all of that is

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.hooks import temporary_hooks
+from tl_nodeprune.search import Search
 
 Toy = tuple[Any, tlnp.PromptPairs]
 TOTAL = 288 + 1152 + 288
@@ -216,3 +218,24 @@ def test_the_gap_to_fresh_pairs_is_measured_from_16_pairs_on(toy: Toy) -> None:
     assert masks.prune(prompts, max_kl=0.3, steps=24, progress=False).gap >= 1
     assert math.isnan(masks.prune(prompts[:15], max_kl=0.3, steps=24, progress=False).gap)
     model.remove_node_masks()
+
+
+def test_the_paper_s_objective_needs_no_kept_stand_ins(toy: Toy, masks: tlnp.NodeMasks) -> None:
+    """Recomputed for each batch, with the masks out of the way, they are the same."""
+    objective = tlnp.PaperObjective(lam=0.5, steps=8, warmup=1)
+    kept, recomputed = (masks.prune(toy[1], objective=objective, cache_bytes=size, progress=False) for size in (1 << 30, 0))
+    assert kept.circuit == recomputed.circuit and kept.kl == pytest.approx(recomputed.kl)
+
+
+def test_with_limits_nothing_is_cut_through_the_scores(toy: Toy, masks: tlnp.NodeMasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cut would be the circuit before its refinement: k has no say where each granularity has its own limit."""
+    monkeypatch.setattr(Search, "cut", lambda search: pytest.fail("a cut"))
+    found = masks.prune(toy[1], max_nodes={"head": 7}, steps=36, exact_tests=0, progress=False)
+    assert not math.isnan(found.gap) and found.circuit.count()["head"] <= 7
+
+
+def test_numbers_of_numpy_will_do_and_a_result_is_no_start(toy: Toy, masks: tlnp.NodeMasks) -> None:
+    found = masks.prune(toy[1], max_nodes=np.int64(5), steps=1, progress=False)
+    assert found.circuit.size <= 5
+    with pytest.raises(TypeError, match="start must be a Circuit, got PruneResult; of a result it is `result.circuit`"):
+        masks.prune(toy[1], max_kl=np.float32(0.5), start=found)  # type: ignore[arg-type]
