@@ -16,6 +16,7 @@ from scipy import stats
 from tl_nodeprune.ablation import ABLATIONS, Ablation
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.constants import with_optimal_constants
 from tl_nodeprune.evaluation import evaluate
 from tl_nodeprune.hypotheses import HypothesisTest, equivalence, independence, minimality
 from tl_nodeprune.masks import masks_off
@@ -119,19 +120,21 @@ def _frame(effects: UnitEffects, p_values: NDArray[np.float64]) -> pd.DataFrame:
 
 def _under_each_ablation(model: Any, circuit: Circuit, prompts: PromptPairs, judged: PromptPairs, batch_size: int
                          ) -> tuple[pd.DataFrame, list[str]]:
-    """A row per ablation with the circuit's metrics under it, and which were left out, why. Means are those of the search's prompts."""
+    """A row per ablation with the circuit's metrics under it, and which were left out, why. Means and constants are those of the search's
+    prompts."""
     rows, left_out = {}, []
     for name in ABLATIONS:
         ablation = circuit.ablation if name == circuit.ablation.name else Ablation(name)
-        if name == "optimal" and not ablation.fitted:
-            left_out.append("Optimal ablation is left out: the circuit carries no constants learned for it.")
-        elif name == "interchange" and not judged.has_corrupted:
+        if name == "interchange" and not judged.has_corrupted:
             left_out.append("Interchange ablation is left out: all corrupted prompts are the same as the clean ones.")
         elif name == "mean" and not ablation.fitted and judged.reach > prompts.reach:
             left_out.append("Mean ablation is left out: the held-out prompts are longer than those of the search, whose means it takes.")
         else:
-            fitted = ablation.fit(model, prompts, circuit.space.hooks, batch_size=batch_size)
-            under = Circuit(circuit.space, {key: circuit.live(*key) for key in circuit.space.shapes}, fitted)
+            if name == "optimal" and not ablation.fitted:
+                under = with_optimal_constants(model, circuit, prompts, batch_size=batch_size)
+            else:
+                fitted = ablation.fit(model, prompts, circuit.space.hooks, batch_size=batch_size)
+                under = Circuit(circuit.space, {key: circuit.live(*key) for key in circuit.space.shapes}, fitted)
             found = evaluate(model, under, judged, batch_size=batch_size)
             rows[name] = found.to_frame().loc["circuit"].to_dict() | {"found_under": name == circuit.ablation.name}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("ablation"), left_out

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation
 from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.constants import RATE as CONSTANTS_RATE
 from tl_nodeprune.hooks import HookFn, capture_nodes, mask_hooks, temporary_hooks
 from tl_nodeprune.limits import Limits
 from tl_nodeprune.nodes import GateKey, Gates, NodeSpace
@@ -135,7 +136,7 @@ class Landscape:
         self.sizes = [int(torch.Size(space.shapes[key]).numel()) for key in self.keys]
         self.n = sum(self.sizes)
         self.constants = _learned(reference)
-        self._optimizer = torch.optim.Adam(list(self.constants.values()), lr=0.02) if self.constants else None
+        self._optimizer = torch.optim.Adam(list(self.constants.values()), lr=CONSTANTS_RATE) if self.constants else None
 
     def gates(self, flat: Tensor) -> Gates:
         """A flat vector as gate tensors; covered coarse gates open."""

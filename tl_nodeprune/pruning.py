@@ -25,6 +25,7 @@ from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.objective import LossFn, PaperObjective, Reference, kl_divergence
 from tl_nodeprune.probe import device_of
 from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.ranking import NodeScores
 from tl_nodeprune.stages import Stages
 from tl_nodeprune.survey import searchable, survey
 
@@ -52,6 +53,8 @@ class PruneResult:
     this size, each searched on three quarters of the pairs, have more in KL on the others than on their own (mean of four), over the
     circuit's KL before room was made for that (NaN where not measured: fewer than 16 different pairs, or 24 steps). seconds: wall time.
     peak_memory: bytes, the process's peak on CPU (since its start; 0 on Windows), the allocator's on CUDA (since the search began).
+    scores: every leaf node's place, `1 - (place - 1) / n`: kept ones first, each side in the order of the search's own scores. For figures,
+    and for what would come next; `rank` makes a ranking that is good at every size.
     """
 
     circuit: Circuit
@@ -63,6 +66,7 @@ class PruneResult:
     p_value: float = float("nan")
     minimal: bool = False
     gap: float = float("nan")
+    scores: NodeScores | None = field(default=None, repr=False)
 
     def to_frame(self) -> pd.DataFrame:
         """The history, a row per step."""
@@ -126,7 +130,7 @@ def prune(
     if problem := None if objective else found.problem(budget):
         warnings.warn(problem, stacklevel=2)
     return PruneResult(found.circuit, not problem, found.kl, history, time.perf_counter() - began, _peak_memory(model), found.p_value,
-                       found.minimal, found.gap)
+                       found.minimal, found.gap, NodeScores.from_circuit(found.circuit, within=found.order))
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class _Found:
 
     circuit: Circuit
     kl: float
+    order: NodeScores
     p_value: float = float("nan")
     no_task: bool = False
     minimal: bool = False
@@ -209,7 +214,8 @@ def _search(masks: NodeMasks, model: Any, prompts: PromptPairs, budget: Budget, 
         circuit = landscape.circuit(_without_moot(landscape, stages.best), masks.ablation)
     kl = binary_loss(model, circuit, prompts, budget.loss, batch_size)
     task = {"p_value": pairs.p_value, "no_task": pairs.no_task} if pairs else {}
-    return _Found(circuit, kl, minimal=minimal, gap=stages.gap, **task)  # type: ignore[arg-type]
+    order = NodeScores.from_flat(stages.order, masks.space)
+    return _Found(circuit, kl, order, minimal=minimal, gap=stages.gap, **task)  # type: ignore[arg-type]
 
 
 def _paper(masks: NodeMasks, model: Any, prompts: PromptPairs, objective: PaperObjective, record: Record, generator: torch.Generator,
@@ -221,7 +227,8 @@ def _paper(masks: NodeMasks, model: Any, prompts: PromptPairs, objective: PaperO
     with torch.enable_grad():
         objective.train(masks, reference, generator, record)
     circuit = masks.to_circuit()
-    return _Found(circuit, binary_loss(model, circuit, prompts, kl_divergence, batch_size))
+    order = NodeScores({key: masks.score(key) for key in masks.space.free()}, masks.space)
+    return _Found(circuit, binary_loss(model, circuit, prompts, kl_divergence, batch_size), order)
 
 
 def _without_moot(landscape: Landscape, best: Snapshot) -> torch.Tensor:

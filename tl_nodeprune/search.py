@@ -121,12 +121,16 @@ class Search:
         order = self._top(k, self.scores) * self.path_gradient.abs().max() * 2 + self.path_gradient.abs()
         return self._bisect(order, k, self.landscape.n, rows)
 
-    def cut(self) -> Snapshot:
-        """The smallest circuit within the landscape's budget as it is now, by the scores of the best circuit, or the last scores where
-        there was none."""
+    @property
+    def order(self) -> Tensor:
+        """The scores of the best circuit, or the last scores where there was none."""
         scores = self.best.scores if self.best else self.scores
         assert scores is not None
-        return self._bisect(scores, 0, self.landscape.n, self.everything)
+        return scores
+
+    def cut(self) -> Snapshot:
+        """The smallest circuit within the landscape's budget as it is now, by `order`."""
+        return self._bisect(self.order, 0, self.landscape.n, self.everything)
 
     def _trim(self, best: Snapshot) -> Snapshot:
         """Drop the lowest scores of a circuit that is within the budget, as many as it allows; the scores are those it was cut from."""

@@ -32,13 +32,14 @@ class Stages:
         self.taken = 0
 
     def run(self, *, steps: int, exact_tests: int, start: Circuit | None) -> bool:
-        """Leaves the best circuit in `best`. Whether it is minimal as far as exact tests tell."""
+        """Leaves the best circuit in `best`, and the scores of all nodes in `order`. Whether it is minimal as far as exact tests tell."""
         by_kl = self.budget.loss is kl_divergence
         rounds = steps // ROUND_COST if by_kl else 0
         hold_out = rounds >= 2 and len(self.sample.pairs.unique()) >= FEWEST_TO_HOLD
         again = steps // GAP_COST if hold_out else 0
         search = Search(self.landscape, self.everything, steps=steps - rounds - FOLDS * again, start=start, **self.common)  # type: ignore[arg-type]
         self.best, self.taken = search.run(), search.taken
+        self.order = search.order
         self.landscape.restore(self.best.ablation)
         finish = self._refine(search, rounds // 2 if again else rounds)
         if again and self.best.size:

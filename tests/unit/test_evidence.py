@@ -60,10 +60,12 @@ def test_removing_a_unit_and_ablations_by_hand(toy: Toy, found: tlnp.Report) -> 
         assert row["kl_rise"] == pytest.approx(tlnp.evaluate(model, less, prompts).kl - found.evaluation.kl, rel=1e-3)
         change = (prompts.logit_diff(circuit_logits(model, less, prompts)) - itself).abs().mean()
         assert row["score_change"] == pytest.approx(float(change), rel=1e-3)
-    assert list(found.ablations.index) == ["interchange", "mean", "zero"] and list(found.ablations["found_under"]) == [True, False, False]
+    assert list(found.ablations.index) == list(tlnp.ablation.ABLATIONS) and list(found.ablations["found_under"]) == [True, *[False] * 3]
     zeroed, row = tlnp.evaluate(model, circuit_with(model, ablation=tlnp.Ablation("zero")), prompts), found.ablations.loc["zero"]
     assert (row["kl"], row["faithfulness"]) == pytest.approx((zeroed.kl, zeroed.faithfulness))
-    assert any("Optimal ablation is left out" in note for note in found.notes)
+    assert all(p.grad is None for p in model.parameters()), "constants are learned without leaving gradients on the weights"
+    start = tlnp.Ablation("optimal").fit(model, prompts, circuit.space.hooks)
+    assert found.ablations.loc["optimal", "kl"] < 0.9 * tlnp.evaluate(model, circuit_with(model, ablation=start), prompts).kl
 
 
 def test_p_value_of_random_circuits_and_tests(toy: Toy, found: tlnp.Report) -> None:

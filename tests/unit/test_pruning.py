@@ -239,3 +239,24 @@ def test_numbers_of_numpy_will_do_and_a_result_is_no_start(toy: Toy, masks: tlnp
     assert found.circuit.size <= 5
     with pytest.raises(TypeError, match="start must be a Circuit, got PruneResult; of a result it is `result.circuit`"):
         masks.prune(toy[1], max_kl=np.float32(0.5), start=found)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("search", [{"max_kl": 0.5, "steps": 40}, {"max_nodes": 60, "steps": 20}, {"max_nodes": {"head": 4}, "steps": 20},
+                                    {"objective": tlnp.PaperObjective(lam=0.5, steps=8, batch_size=24, warmup=1)}])
+def test_a_result_ranks_all_nodes_those_kept_first(toy: Toy, masks: tlnp.NodeMasks, search: dict[str, Any]) -> None:
+    result = masks.prune(toy[1], progress=False, **search)
+    scores = result.scores
+    assert scores.top(result.circuit.size) == result.circuit
+    assert sorted((scores.flat * scores.n).round().int().tolist()) == list(range(1, TOTAL + 1))
+
+
+def test_what_a_result_ranks_next_helps_more_than_other_nodes(toy: Toy, masks: tlnp.NodeMasks) -> None:
+    result = masks.prune(toy[1], max_nodes=100, steps=40, progress=False)
+    with masks.inactive():
+        next_best = tlnp.evaluate(toy[0], result.scores.top(150), toy[1]).kl
+        lots = []
+        for seed in range(10):
+            lot = torch.rand(TOTAL, generator=torch.Generator().manual_seed(seed))
+            order = tlnp.NodeScores.from_circuit(result.circuit, within=tlnp.NodeScores.from_flat(lot, masks.space))
+            lots.append(tlnp.evaluate(toy[0], order.top(150), toy[1]).kl)
+    assert next_best < min(lots)

@@ -24,11 +24,14 @@ def overview(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *
              effects: Values | None = None) -> list[Item]:
     """Summary, figures, token views and the table of kept nodes of a circuit, for `save_html(path, *overview(...))`.
 
-    prompts: judged on (`evaluate`); the first of them is shown token by token. A PruneResult adds the search's history.
+    prompts: judged on (`evaluate`); the first of them is shown token by token. A PruneResult adds the search's history, and its
+    scores where none are given.
     Raises: TypeError for what is no circuit or no PromptPairs; ValueError where something does not fit the model or the circuit;
     RuntimeError where a circuit is applied.
     """
     found, circuit = circuit, circuit_of(circuit)
+    if scores is None and isinstance(found, PruneResult):
+        scores = found.scores
     check_values(circuit, scores, "scores")
     check_values(circuit, effects, "effects")
     report = evaluate(model, circuit, prompts)
