@@ -1,7 +1,9 @@
-"""Saved pages in a browser that reaches no network: figures have drawn, hover shows, the table filters, tokens are text."""
+"""Saved pages in a browser that reaches no network: figures have drawn, hover shows, the table filters, tokens are text; pages of the
+command too, and figures of 48 layers on light and dark ground."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +15,8 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.cli import main
+from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.pruning import Step
 
@@ -22,7 +26,11 @@ from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 Toy = tuple[Any, tlnp.PromptPairs]
-FIGURES = ("mask_map", "neuron_map", "history", "frontier", "agreement", "circuit_graph", "compare")
+COLOURS = {  # of each figure's marks
+    "mask_map": (37, 125, 152), "neuron_map": (37, 125, 152), "history": (99, 110, 250), "frontier": (99, 110, 250),
+    "agreement": (76, 120, 168), "circuit_graph": (242, 211, 56), "compare": (245, 133, 24),
+}
+FIGURES = tuple(COLOURS)
 # the share of a screenshot's pixels that are near a colour, decoded by the browser itself
 PIXELS = """
 const [png, colour, done] = arguments, image = new Image();
@@ -36,6 +44,17 @@ image.onload = () => {
   done(near / (data.length / 4));
 };
 image.src = "data:image/png;base64," + png;
+"""
+# rectangles of a figure's axis labels, but for turned ones, which cover less than theirs
+LABELS = """
+const level = label => /rotate\\(0|^(?!.*rotate)/.test(label.getAttribute("transform") ?? "");
+return [...arguments[0].querySelectorAll(`.${arguments[1]} text`)].filter(level).map(label => label.getBoundingClientRect().toJSON());
+"""
+# keeps what is written on canvases, which no element's text has
+WRITTEN = """
+window.written = [];
+const write = CanvasRenderingContext2D.prototype.fillText;
+CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) { window.written.push(text); return write.call(this, text, ...rest); };
 """
 
 
@@ -55,6 +74,7 @@ def driver() -> Iterator[Any]:
         browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
     except WebDriverException as error:
         pytest.skip(f"{chromium} does not start under {chromedriver}: {error.msg}")
+    browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": WRITTEN})
     yield browser
     browser.quit()
 
@@ -70,16 +90,21 @@ def page(markup_toy: Toy, circuit: tlnp.Circuit, driver: Any, tmp_path_factory: 
     """Every figure, every view and a table, open in the browser."""
     (model, prompts), viz = markup_toy, tlnp.viz
     effects = tlnp.crosscheck.activation_patching(model, prompts, progress=False)
-    steps = [Step(i, 1 / (i + 1), 500 - i, 0.1) for i in range(30)]
-    result = tlnp.PruneResult(circuit, True, 0.03, steps, 1.0, 0)
-    table = pd.DataFrame({"size": [10, 100], "kl": [1.0, 0.1], "method": "ours"})
-    figures = [viz.mask_map(circuit, effects=effects, task="<i>ioi</i>"), viz.neuron_map(circuit), viz.history(result), viz.frontier(table),
-               viz.agreement(circuit, effects), viz.circuit_graph(circuit, effects=effects), viz.compare(circuit, ~circuit)]
+    figures = every_figure(circuit, effects, task="<i>ioi</i>")
     views = [view(model, circuit, prompts, prompt=0) for view in (viz.kept_neurons, viz.pruned_neurons, viz.kept_heads, viz.token_effects)]
     path = tmp_path_factory.mktemp("page") / "page.html"
     viz.save_html(path, *figures, *views, viz.node_table(circuit, effects=effects), title="All of it")
     open_page(driver, path)
     return driver
+
+
+def every_figure(circuit: tlnp.Circuit, effects: Any, task: str = "") -> list[Any]:
+    """In the order of FIGURES."""
+    viz, steps = tlnp.viz, [Step(i, 1 / (i + 1), 500 - i, 0.1) for i in range(30)]
+    table = pd.DataFrame({"size": [10, 100], "kl": [1.0, 0.1], "method": "ours"})
+    return [viz.mask_map(circuit, effects=effects, task=task), viz.neuron_map(circuit),
+            viz.history(tlnp.PruneResult(circuit, True, 0.03, steps, 1.0, 0)), viz.frontier(table), viz.agreement(circuit, effects),
+            viz.circuit_graph(circuit, effects=effects), viz.compare(circuit, ~circuit)]
 
 
 def open_page(driver: Any, path: Path) -> None:
@@ -107,22 +132,28 @@ def share_near(page: Any, element: Any, colour: tuple[int, int, int]) -> float:
     return float(page.execute_async_script(PIXELS, png, list(colour)))
 
 
-@pytest.mark.parametrize(("name", "colour"), [
-    ("mask_map", (37, 125, 152)), ("neuron_map", (37, 125, 152)), ("history", (99, 110, 250)), ("frontier", (99, 110, 250)),
-    ("agreement", (76, 120, 168)), ("circuit_graph", (242, 211, 56)), ("compare", (245, 133, 24)),
-])
-def test_each_figure_has_drawn(page: Any, name: str, colour: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("name", FIGURES)
+def test_each_figure_has_drawn(page: Any, name: str) -> None:
+    has_drawn(page, name)
+
+
+def has_drawn(page: Any, name: str) -> None:
     """Its title stands there, and its marks in their colour, on a canvas or as SVG."""
     plot = plots(page)[FIGURES.index(name)]
     assert wait(page, lambda _: plot.find_element("css selector", ".gtitle").text)
-    assert wait(page, lambda _: share_near(page, plot, colour) > 2e-4)
+    assert wait(page, lambda _: share_near(page, plot, COLOURS[name]) > 2e-4)
     assert share_near(page, plot, (1, 255, 1)) == 0  # a colour that no figure has
 
 
-def test_nothing_was_asked_of_a_network_and_nothing_failed(page: Any) -> None:
+def nothing_failed(page: Any) -> None:
     assert page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)") == []
     assert [entry["message"] for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_nothing_was_asked_of_a_network_and_nothing_failed(page: Any) -> None:
+    nothing_failed(page)
     assert page.execute_script("return fetch('http://example.org').then(() => 'reached', () => 'not reached')") == "not reached"
+    page.get_log("browser")  # takes out what the failed request left there
 
 
 def hovered(page: Any, name: str) -> str:
@@ -172,6 +203,8 @@ def test_tokens_are_shown_and_not_run(page: Any) -> None:
         assert view.find_elements("css selector", "img") == [] and "&lt;" not in view.text
     assert page.find_element("css selector", ".gtitle").text.count("<i>ioi</i>") == 1
     assert "0.0 (" in views[2].text and views[2].find_elements("css selector", "canvas")
+    written = page.execute_script("return window.written")
+    assert "<s> (0)" in written and f"{evil.replace(' ', '')} (1)" in written  # the attention patterns' axes: circuitsvis drops blanks
 
 
 def test_kept_neurons_clean_above_corrupted(page: Any, markup_toy: Toy) -> None:
@@ -187,3 +220,53 @@ def test_a_table_is_not_markup(driver: Any, tmp_path: Path) -> None:
     open_page(driver, tlnp.viz.save_html(tmp_path / "t.html", evil, pd.DataFrame({evil: [evil] * 20}), title="quiet"))
     assert driver.title == "quiet" and driver.find_elements("css selector", "img") == []
     assert driver.find_element("css selector", "td").text == evil == driver.find_element("css selector", "th").text
+
+
+@pytest.mark.parametrize(("template", "ground"), [("plotly_white", (255, 255, 255)), ("plotly_dark", (17, 17, 17))])
+def test_figures_of_48_layers_draw_on_any_ground_and_no_labels_overlap(driver: Any, tmp_path: Path, template: str,
+                                                                       ground: tuple[int, int, int]) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"layer": (), "attn": (), "mlp": (), "head": (25,), "attn_neuron": (25, 4), "mlp_neuron": (200,),
+                                          "mlp_out": (100,)}
+    present = {GateKey(name, layer): shape for layer in range(48) for name, shape in shapes.items()}
+    space, g = NodeSpace(present, present, d_model=100, n_layers=48, kv_heads=25, gated_mlp=False), torch.Generator().manual_seed(0)
+    circuit = tlnp.Circuit(space, {key: torch.rand(shape, generator=g) < (0.6 if shape else 1) for key, shape in space.shapes.items()})
+    effects = {hook: torch.randn(mask.shape, generator=g) for hook, mask in circuit.items()}
+    figures = [figure.update_layout(template=template) for figure in every_figure(circuit, effects)]
+    open_page(driver, tlnp.viz.save_html(tmp_path / "deep.html", *figures))
+    for name, plot in zip(FIGURES, plots(driver), strict=True):
+        has_drawn(driver, name)
+        assert share_near(driver, plot, ground) > 0.2
+        for axis in ("xtick", "ytick"):
+            labels = driver.execute_script(LABELS, plot, axis)
+            assert not [pair for pair in itertools.combinations(labels, 2) if overlap(*pair)], f"labels of {name} overlap"
+    nothing_failed(driver)
+
+
+def overlap(a: dict[str, float], b: dict[str, float]) -> bool:
+    """Whether two rectangles share more than a pixel each way."""
+    return all(min(a[at] + a[size], b[at] + b[size]) - max(a[at], b[at]) > 1 for at, size in (("x", "width"), ("y", "height")))
+
+
+@pytest.mark.parametrize("command", ["demo", "show"])
+def test_a_page_of_the_command(driver: Any, circuit: tlnp.Circuit, tmp_path: Path, command: str) -> None:
+    """Every figure has drawn, every view is there, and the kept nodes can be searched. The demo's page is that of `make demo`."""
+    page = Path(__file__).parents[2] / "out" / "demo.html"
+    if command == "show":
+        saved, page = tmp_path / "circuit.safetensors", tmp_path / "page.html"
+        circuit.save(saved)
+        assert main(["show", str(saved), "--model", "toy", "--task", "ioi", "--prompts", "8", "--html", str(page)]) == 0
+    elif not page.is_file():
+        pytest.skip("there is no out/demo.html; `make demo` makes it")
+    open_page(driver, page)
+    figures = driver.find_elements("css selector", ".js-plotly-plot")
+    assert len(figures) == 6 + (command == "demo")  # the search's history is the demo's
+    for figure in figures:
+        assert wait(driver, lambda _, figure=figure: figure.find_element("css selector", ".gtitle").text)
+        assert share_near(driver, figure, (255, 255, 255)) < 0.995  # there is more than a title
+    views = wait(driver, lambda d: d.find_elements("css selector", "section.view"))
+    assert len(views) == 3 and all(wait(driver, lambda _, view=view: "<s>" in view.text or "Effect" in view.text) for view in views)
+    table = driver.find_elements("css selector", "section.table")[-1]
+    in_view(driver, table.find_element("css selector", "input")).send_keys("mlp_neuron 1.")
+    names = [cell.text for cell in table.find_elements("css selector", "tbody td:first-child")]
+    assert names and all(name.startswith("mlp_neuron 1.") for name in names)
+    nothing_failed(driver)
