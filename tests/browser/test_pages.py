@@ -54,7 +54,10 @@ return [...arguments[0].querySelectorAll(`.${arguments[1]} text`)].filter(level)
 WRITTEN = """
 window.written = [];
 const write = CanvasRenderingContext2D.prototype.fillText;
-CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) { window.written.push(text); return write.call(this, text, ...rest); };
+CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+  window.written.push(text);
+  return write.call(this, text, ...rest);
+};
 """
 
 
