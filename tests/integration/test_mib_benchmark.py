@@ -22,7 +22,8 @@ def row(method: str, cmd: float, cpr: float, f: list[float]) -> dict[str, Any]:
 
 def test_the_figures_follow_from_the_measurements() -> None:
     rows = [row("attribution, x", 0.4, 1.3, [0.0] * 9 + [1.0]), row("attribution, y", 0.2, 0.9, [0.5] * 9 + [1.0]),
-            row("ours, KL", 0.05, 0.9, [0.25] * 9 + [1.0]), row("ours, shortfall", 0.3, 1.5, [0.5] * 8 + [2.0, 1.0]),
+            row("ours, KL", 0.01, 1.6, [0.25] * 9 + [1.0]), row(mib.FOR_CMD, 0.05, 0.9, [0.25] * 9 + [1.0]),
+            row(mib.FOR_CPR, 0.3, 1.5, [0.5] * 8 + [2.0, 1.0]),
             row("random 0", 0.7, 0.3, [0.0] * 9 + [1.0]), row("random 1", 0.9, 0.1, [0.0] * 9 + [1.0])]
     text = mib.table(rows)
     floor = 0.199 * 0.5 + 0.3 * 0.25
