@@ -82,6 +82,9 @@ def prune(
     """The smallest circuit whose KL(full || circuit) at the answer positions is at most `max_kl` nats, or the most faithful
     one of at most `max_nodes` nodes. The masks are left at that circuit, still attached.
 
+    A max_kl leaves room for fresh prompts: where circuits do more than 1.5 times worse on pairs held out than on their own (`gap`), what
+    is searched within is less, .4 of it at least; with 2 to 15 different pairs, too few to hold any out, half of it.
+
     Give one of: max_kl (nats); max_nodes (a float is a share of the leaf nodes, an int a count; gates above something that is not
         gated count too; a mapping limits single granularities); loss with max_loss, a loss of your own,
         fn(circuit_logits, full_logits, prompts) -> [batch], bounded in its mean; objective, the paper's, run as it is, with its own

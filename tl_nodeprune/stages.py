@@ -17,6 +17,7 @@ ROUND_COST = 12  # steps of the search that are worth one round of the refinemen
 FOLDS, FEWEST_TO_HOLD = 4, 16  # parts of the pairs, each held out once for the gap; from how many pairs on
 GAP_COST = 20  # one step in so many goes to each fold's search
 FRESH, TIGHTEST = 1.5, 0.4  # KL on fresh pairs over the budget, at most; the tightest budget over that asked for
+FEW = 0.5  # the budget over that asked for for pairs that are several but too few to hold any out
 NEARLY = 1.05  # a violation of the tighter budget, an estimate, that nothing is paid to get rid of
 MOST = 2  # times the nodes that a cut through the scores may take to meet a budget that opening nodes does not
 
@@ -35,7 +36,10 @@ class Stages:
         """Leaves the best circuit in `best`, and the scores of all nodes in `order`. Whether it is minimal as far as exact tests tell."""
         by_kl = self.budget.loss is kl_divergence
         rounds = steps // ROUND_COST if by_kl else 0
-        hold_out = rounds >= 2 and len(self.sample.pairs.unique()) >= FEWEST_TO_HOLD
+        pairs = len(self.sample.pairs.unique())
+        hold_out = rounds >= 2 and pairs >= FEWEST_TO_HOLD
+        if by_kl and self.budget.smallest and 1 < pairs < FEWEST_TO_HOLD:
+            self.landscape.budget = replace(self.budget, max_loss=self.budget.max_loss * FEW)
         again = steps // GAP_COST if hold_out else 0
         search = Search(self.landscape, self.everything, steps=steps - rounds - FOLDS * again, start=start, **self.common)  # type: ignore[arg-type]
         self.best, self.taken = search.run(), search.taken

@@ -220,6 +220,16 @@ def test_the_gap_to_fresh_pairs_is_measured_from_16_pairs_on(toy: Toy) -> None:
     model.remove_node_masks()
 
 
+def test_pairs_too_few_to_hold_out_are_searched_within_half_the_budget(toy: Toy) -> None:
+    """From 2 to 15 different pairs; a single one, however often, has the budget whole."""
+    model, prompts = toy
+    masks = model.add_node_masks(("head", "mlp_neuron"))
+    few, enough, single = (masks.prune(pairs, max_kl=0.3, steps=steps, exact_tests=0, progress=False).kl
+                           for pairs, steps in ((prompts[:15], 60), (prompts[:16], 10), (prompts[[0] * 15], 60)))
+    model.remove_node_masks()
+    assert few <= 0.15 < min(enough, single) and max(enough, single) <= 0.3
+
+
 def test_the_paper_s_objective_needs_no_kept_stand_ins(toy: Toy, masks: tlnp.NodeMasks) -> None:
     """Recomputed for each batch, with the masks out of the way, they are the same."""
     objective = tlnp.PaperObjective(lam=0.5, steps=8, warmup=1)
