@@ -6,6 +6,7 @@ import os
 import pkgutil
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,23 +18,21 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.cli import _parser
 from tl_nodeprune.probe import find_nodes
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-LONG = ("README.md",)
-"""Pages whose searches run to their end."""
 
 
 def blocks() -> list[Any]:
-    """Each block with its page and the line of its fence; searches on LONG pages are slow."""
+    """Each block with its page and the line of its fence."""
     found = []
     for page in PAGES:
         text, name = page.read_text(encoding="utf-8"), str(page.relative_to(ROOT))
         for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
             line = text.count("\n", 0, match.start()) + 1
-            marks = [pytest.mark.slow] if name in LONG and re.search(r"\b(prune|sweep)\(", match[1]) else []
-            found.append(pytest.param(page, line, match[1], id=f"{name}:{line}", marks=marks))
+            found.append(pytest.param(page, line, match[1], id=f"{name}:{line}"))
     return found
 
 
@@ -44,9 +43,37 @@ def test_block_runs(page: Path, line: int, code: str, tmp_path: Path, monkeypatc
 
 
 def test_no_block_is_missed() -> None:
-    """A block that is fenced otherwise ("```py", indented) would pass unread."""
-    fences = sum(len(re.findall(r"^\s*```\s*py", page.read_text(encoding="utf-8"), re.MULTILINE)) for page in PAGES)
-    assert fences == len(blocks()) > 5
+    """A block that is fenced otherwise ("```py", indented, a bare fence) would pass unread; those of a shell are read below."""
+    fences = [fence for page in PAGES for fence in re.findall(r"^.*```.*$", page.read_text(encoding="utf-8"), re.MULTILINE)]
+    opened = fences[::2]
+    assert set(fences[1::2]) == {"```"} and set(opened) <= {"```python", "```sh"}
+    assert opened.count("```python") == len(blocks()) > 5
+
+
+def commands() -> list[Any]:
+    """Each command in the pages' shell blocks, as words; the brackets of what is optional are taken off."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(re.sub(r"[][&]|\.\.\.|\w+=\$i", "", line).replace("$i", "0"), comments=True)
+                if words[0] not in ("for", "done"):
+                    found.append(pytest.param(words, id=f"{page.relative_to(ROOT)}: {' '.join(words[:3])}"))
+    return found
+
+
+@pytest.mark.parametrize("words", commands())
+def test_command_is_there(words: list[str]) -> None:
+    """Targets of make, arguments of the command, scripts and their options."""
+    if words[0] == "make":
+        run = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    elif words[0] == "tl-nodeprune":
+        _parser().parse_args([word.split("|")[0] for word in words[1:]])
+    else:
+        assert words[0] == "python"
+        source = (ROOT / words[1]).read_text(encoding="utf-8")
+        assert not [word for word in words[2:] if word.startswith("--") and f'"{word}"' not in source]
 
 
 def links(page: Path) -> list[str]:
