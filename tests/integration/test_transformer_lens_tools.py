@@ -177,7 +177,7 @@ def test_one_hot_heads_on_the_corrupted_base_are_transformer_lens_patching(model
     effects = tlnp.crosscheck.activation_patching(model, prompts, ["head"], progress=False)
     for layer in range(want.shape[0]):
         effect = effects[f"blocks.{layer}.attn.hook_z"]
-        torch.testing.assert_close(effect, (want[layer] - corrupted)[:, None].expand_as(effect), rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(effect, (want[layer] - corrupted)[:, None].expand_as(effect), rtol=1e-5, atol=1e-5)
 
 
 class Linear:

@@ -115,7 +115,7 @@ def every(request: pytest.FixtureRequest) -> tuple[str, Toy, tlnp.crosscheck.Eff
 def test_every_granularity_is_the_effect_by_hand(every: tuple[str, Toy, Any], name: str, index: tuple[int, ...]) -> None:
     direction, toy, effects = every
     for layer, of_layer in effects.of(name).items():
-        torch.testing.assert_close(of_layer[index], by_hand(toy, GateKey(name, layer), index, direction), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(of_layer[index], by_hand(toy, GateKey(name, layer), index, direction), atol=1e-5, rtol=1e-5)
     assert max(float(of_layer.abs().max()) for of_layer in effects.of(name).values()) > 0.02
 
 
@@ -145,7 +145,7 @@ def test_block_effects_are_transformer_lens_generic_patching_at_all_positions(ea
             theirs = patching.generic_activation_patch(
                 model, base, cache, metric_of(prompts), lambda corrupted, index, clean: clean, f"{name}_out", index_axis_names=["layer"])
             ours = torch.stack(list(effects.of(name).values()))
-            torch.testing.assert_close(ours, theirs - metric_of(prompts)(model(base)), atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(ours, theirs - metric_of(prompts)(model(base)), atol=1e-5, rtol=1e-5)
             assert ours.abs().max() > 0.5
 
 
@@ -162,7 +162,7 @@ def test_block_effects_are_get_act_patch_mlp_out_where_prompts_differ_at_one_pos
         base, (_, cache) = metric_of(pairs)(model(corrupted)), model.run_with_cache(pairs.clean)
         for name, patch in (("mlp", patching.get_act_patch_mlp_out), ("attn", patching.get_act_patch_attn_out)):
             ours = torch.stack(list(effects.of(name).values()))
-            torch.testing.assert_close(ours, patch(model, corrupted, cache, metric_of(pairs))[:, at] - base, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(ours, patch(model, corrupted, cache, metric_of(pairs))[:, at] - base, atol=1e-5, rtol=1e-5)
             assert ours.abs().max() > 0.1
 
 
@@ -179,7 +179,7 @@ def test_heads_are_transformer_lens_own_with_and_without_a_bar(toy: Toy, directi
     shown = activation_patching(model, prompts, ["head"], direction=direction)
     assert "12/12" in capsys.readouterr().err
     for effects in (silent, shown):
-        torch.testing.assert_close(torch.stack(list(effects.of("head").values())), theirs, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.stack(list(effects.of("head").values())), theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_in_training_mode_without_dropout_is_patched_by_our_own_forwards(fresh_toy: Toy) -> None:
@@ -202,7 +202,7 @@ def test_batches_do_not_matter(toy: Toy, method: Any, batch_size: int) -> None:
     want = method(model, prompts, ["head", "mlp", "layer"], batch_size=30)
     got = method(model, prompts, ["head", "mlp", "layer"], batch_size=batch_size)
     for hook in want:
-        torch.testing.assert_close(got[hook], want[hook], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(got[hook], want[hook], atol=1e-5, rtol=1e-5)
 
 
 def test_a_metric_of_ones_own(toy: Toy) -> None:

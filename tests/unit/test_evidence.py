@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -47,6 +48,26 @@ def test_it_is_what_evaluate_says_of_circuit_and_complement(toy: Toy, found: tln
     assert found.completeness.left == pytest.approx(without.faithfulness, abs=1e-4)
     for name, (low, high) in found.intervals.items():
         assert low <= getattr(plain, name) <= high and (low < high or name == "exact_match"), name
+
+
+def test_intervals_by_hand(toy: Toy, found: tlnp.Report) -> None:
+    """Resampled prompts, drawn here another way, give the same ends but for chance; shares have Wilson's in closed form."""
+    model, prompts = toy
+    circuit = circuit_with(model)
+    n, rng = len(prompts), np.random.default_rng(7)
+    whole, alone, none = (prompts.logit_diff(logits).double().numpy() for logits in (
+        full_logits(model, prompts), circuit_logits(model, circuit, prompts),
+        circuit_logits(model, tlnp.Circuit.empty(circuit.space, circuit.ablation), prompts)))
+    kl = np.array([tlnp.evaluate(model, circuit, prompts[i : i + 1]).kl for i in range(n)])
+    draws = [rng.choice(n, n) for _ in range(4000)]
+    want = {"kl": [kl[rows].mean() for rows in draws], "logit_diff": [alone[rows].mean() for rows in draws],
+            "faithfulness": [(alone[rows] - none[rows]).mean() / (whole[rows] - none[rows]).mean() for rows in draws]}
+    for name, values in want.items():
+        low, high = np.quantile(values, [0.025, 0.975])
+        assert found.intervals[name] == pytest.approx((low, high), abs=0.1 * (high - low)), name
+    z, p = 1.959964, float((alone > 0).mean())
+    middle, half = (p + z**2 / 2 / n) / (1 + z**2 / n), z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / 4 / n**2)
+    assert found.intervals["accuracy"] == pytest.approx((middle - half, middle + half), abs=1e-6)
 
 
 def test_removing_a_unit_and_ablations_by_hand(toy: Toy, found: tlnp.Report) -> None:
