@@ -104,7 +104,7 @@ def test_generic_activation_patch_over_the_kept_heads_is_their_effect(each_toy: 
                                                    patching.layer_head_vector_patch_setter, "z", index_df=heads)
     effects = tlnp.crosscheck.activation_patching(model, prompts, ["head"], progress=False)
     ours = torch.stack([effects.of("head")[layer][head] for layer, head in circuit.nodes("head")])
-    torch.testing.assert_close(ours, theirs - metric_of(prompts)(run(model, prompts.corrupted)), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(ours, theirs - metric_of(prompts)(run(model, prompts.corrupted)), atol=1e-5, rtol=1e-5)
 
 
 def direct_paths(model: Any, p: tlnp.PromptPairs, clean: Any, head: int) -> Tensor:
@@ -116,11 +116,15 @@ def direct_paths(model: Any, p: tlnp.PromptPairs, clean: Any, head: int) -> Tens
 
 
 def path_by_hand(model: Any, p: tlnp.PromptPairs, clean: Any, source: int, target: int) -> Tensor:
-    """The same for one head of layer 1: the query that it has with the source's write changed in its input, put into the corrupted run."""
+    """The same for one head of layer 1: the query that it has with the source's write changed in its input, put into the corrupted run.
+    TransformerLens 3.9 does so to first order: divided by the corrupted run's layer norm scale, neither centred nor weighed."""
     z, q, corrupted = "blocks.0.attn.hook_z", "blocks.1.attn.hook_q", cache_of(model, p.corrupted)
     delta = (clean[z] - corrupted[z])[:, :, source] @ model.blocks[0].attn.W_O[source]
-    with torch.no_grad(), temporary_hooks(model, [("blocks.1.hook_resid_pre", lambda stream, hook: stream + delta)]):
-        query = cache_of(model, p.corrupted)[q][:, :, target]
+    if HookedTransformer is None:
+        with torch.no_grad(), temporary_hooks(model, [("blocks.1.hook_resid_pre", lambda stream, hook: stream + delta)]):
+            query = cache_of(model, p.corrupted)[q][:, :, target]
+    else:
+        query = corrupted[q][:, :, target] + delta / corrupted["blocks.1.ln1.hook_scale"] @ model.blocks[1].attn.W_Q[target]
 
     def patch(activation: Tensor, hook: Any) -> Tensor:
         return activation.index_copy(2, torch.tensor([target]), query.unsqueeze(2))
@@ -131,13 +135,11 @@ def path_by_hand(model: Any, p: tlnp.PromptPairs, clean: Any, source: int, targe
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 1.0])
 def test_path_patching_from_the_kept_dims_of_a_head(each_toy: Toy, keep: float) -> None:
-    """Exact on TransformerLens 4; 3.9 holds the layer norm's scale at its corrupted value."""
     (model, p), source, target = each_toy, 2, 2
     circuit = random_circuit(find_nodes(model).restrict(["attn_neuron"], [0]), "interchange", seed=0, keep=keep)
     clean = kept_only(circuit, cache_of(model, p.clean), cache_of(model, p.corrupted))
     plain, got = metric_of(p)(run(model, p.corrupted)), direct_paths(model, p, clean, source)
-    tolerance = 1e-5 if HookedTransformer is None else 0.1
-    torch.testing.assert_close(got[1, target], path_by_hand(model, p, clean, source, target), atol=tolerance, rtol=1e-5)
+    torch.testing.assert_close(got[1, target], path_by_hand(model, p, clean, source, target), atol=1e-5, rtol=1e-5)
     effects = got[1:] - plain
     if keep == 0:
         assert torch.allclose(effects, torch.zeros_like(effects), atol=1e-5)
