@@ -88,7 +88,7 @@ class Bench:
         noted = {"search_kl": at_end.loss, "violation": at_end.violation, "within_search_kl": within.loss, "seconds": seconds}
         noted |= self.judged("nodes", found["nodes"]) | self.judged("within", found["within"])
         start = found["nodes" if at_end.violation <= NEAR and within.size > 2 * at_end.size else "within"]
-        noted["circuit"] = self.results.save(start)
+        noted["circuit"] = report.packed(start)
         if self.options.finish_steps and start.size < self.options.worth * start.size_total:
             finished, more = self.finish(start, self.options.finish_steps)
             noted |= self.judged("finished", finished) | {"finish_seconds": more}

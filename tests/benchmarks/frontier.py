@@ -139,7 +139,7 @@ class Bench:
         found = tlnp.evaluate(self.model, circuit, self.test)
         self.results.add(self.task, self.seed, method, kind=kind, size=circuit.size, size_total=circuit.size_total, kl=found.kl,
                          accuracy=found.accuracy, exact_match=found.exact_match, faithfulness=found.faithfulness,
-                         nodes=circuit.count(), parameters=circuit.parameters, circuit=self.results.save(circuit), **noted)
+                         nodes=circuit.count(), parameters=circuit.parameters, circuit=report.packed(circuit), **noted)
 
     def equal_size(self) -> None:
         """The baselines, as large as ours at the budget that all comparisons at equal size are made at."""
@@ -200,6 +200,7 @@ def run_planted(results: Results, seed: int, options: argparse.Namespace) -> Non
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--take", nargs="+", type=Path, default=[], metavar="DIR", help="take up the measurements of other folders first")
     parser.add_argument("--tasks", nargs="+", default=[*TOYS, *STORIES], choices=[*TOYS, *STORIES, "planted"], metavar="TASK",
                         help=f"some of {', '.join([*TOYS, *STORIES])}; planted alone leaves the others out")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -228,6 +229,9 @@ def main(arguments: list[str] | None = None) -> Path:
     torch.set_num_threads(options.threads)
     settings = {name: getattr(options, name) for name in ("paper_steps", "steps", "toy_prompts", "threads", "quick")}
     results, first = Results(options.out, settings), options.seeds[0]
+    for folder in options.take:
+        results.take(folder / "results.json")
+        results.write()
     tasks = [task for task in options.tasks if task != "planted"]
     if not os.environ.get("TL_NODEPRUNE_MODELS") and any(task in STORIES for task in tasks):
         print("TL_NODEPRUNE_MODELS is not set: the stories3M tasks are left out.", flush=True)

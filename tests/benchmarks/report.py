@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.express as px
 import torch
@@ -45,12 +47,22 @@ class Results:
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder, self.file, self.settings = folder, folder / "results.json", settings
-        (folder / "circuits").mkdir(parents=True, exist_ok=True)
-        held = json.loads(self.file.read_text()) if self.file.exists() else {"settings": settings, "runs": [], "entries": []}
-        if held["settings"] != settings:
-            raise SystemExit(f"{self.file} was made with {held['settings']}, asked for is {settings}; give another --out.")
-        self.runs, self.entries = held["runs"], held["entries"]
-        self._keys = {(e["task"], e["seed"], e["method"]) for e in self.entries}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.runs: list[dict[str, Any]] = []
+        self.entries: list[dict[str, Any]] = []
+        self._keys: set[tuple[str, int, str]] = set()
+        if self.file.exists():
+            self.take(self.file)
+        self._run = len(self.runs)
+
+    def take(self, file: Path) -> None:
+        """Take up the measurements of a results.json that are not here yet; written with the next one that is added."""
+        held = json.loads(file.read_text())
+        if held["settings"] != self.settings:
+            raise SystemExit(f"{file} was made with {held['settings']}, asked for is {self.settings}; give another --out.")
+        new = [e | {"run": e["run"] + len(self.runs)} for e in held["entries"] if not self.has(e["task"], e["seed"], e["method"])]
+        self.runs, self.entries = self.runs + held["runs"], self.entries + new
+        self._keys |= {(e["task"], e["seed"], e["method"]) for e in new}
         self._run = len(self.runs)
 
     def has(self, task: str, seed: int, method: str) -> bool:
@@ -62,18 +74,12 @@ class Results:
             self.runs.append(machine())
         self.entries.append({"task": task, "seed": seed, "method": method, **noted, "run": self._run})
         self._keys.add((task, seed, method))
+        self.write()
+
+    def write(self) -> None:
         part = self.file.with_suffix(".part")
         part.write_text(json.dumps({"settings": self.settings, "runs": self.runs, "entries": self.entries}, indent=1))
         os.replace(part, self.file)
-
-    def save(self, circuit: tlnp.Circuit) -> str:
-        """A file for the circuit; its name."""
-        name = f"{len(self.entries):05}.safetensors"
-        circuit.save(self.folder / "circuits" / name)
-        return name
-
-    def circuit(self, name: str) -> tlnp.Circuit:
-        return tlnp.Circuit.load(self.folder / "circuits" / name)
 
     def frame(self) -> pd.DataFrame:
         """A row per measurement of a circuit, all columns there."""
@@ -83,6 +89,18 @@ class Results:
         table = table[~table["kind"].isin(["planted", "control"])].astype(dict.fromkeys(numbers, float))
         machines = [f"{self.runs[i]['host']}, {self.runs[i]['threads']} threads" for i in table["run"]]
         return table.assign(share=table["size"] / table["size_total"], machine=machines)
+
+
+def packed(circuit: tlnp.Circuit) -> str:
+    """Which leaf nodes are live, a bit each, in the order of the space: base64."""
+    live = torch.cat([circuit.live(*key).flatten() for key in circuit.space.leaves()])
+    return base64.b64encode(np.packbits(live.numpy()).tobytes()).decode()
+
+
+def iou(a: str, b: str) -> float:
+    """Of two packed circuits of one space; 1 where both are empty."""
+    one, other = (np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8)).astype(bool) for text in (a, b))
+    return float((one & other).sum() / (one | other).sum()) if (one | other).any() else 1.0
 
 
 def machine() -> dict[str, Any]:
@@ -133,16 +151,16 @@ def equal_size(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({name: kl[budget_name(EQUAL_BUDGET)] / other for name, other in others.items()})
 
 
-def agreement(results: Results, frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def agreement(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """IoU of pairs of our circuits at the equal-size budget: over search seeds on one split, and over splits."""
     ours = frame[frame["method"] == budget_name(EQUAL_BUDGET)]
     again = frame[frame["kind"] == "stability"]
     one_split = pd.concat([again, ours.merge(again[["task", "seed"]].drop_duplicates())])
-    return {"search seeds, one split": pairs(results, one_split), "seeds with splits of their own": pairs(results, ours)}
+    return {"search seeds, one split": pairs(one_split), "seeds with splits of their own": pairs(ours)}
 
 
-def pairs(results: Results, frame: pd.DataFrame) -> pd.DataFrame:
-    rows = [{"task": task, "iou": results.circuit(a).iou(results.circuit(b))}
+def pairs(frame: pd.DataFrame) -> pd.DataFrame:
+    rows = [{"task": task, "iou": iou(a, b)}
             for task, group in frame.groupby("task") for a, b in combinations(group["circuit"], 2)]
     return pd.DataFrame(rows, columns=["task", "iou"])
 
@@ -162,7 +180,7 @@ def summary(results: Results, frame: pd.DataFrame) -> pd.DataFrame:
         line("held-out KL / max_kl, median", 1.5, kept.median(),
              f"worst {kept.max():.2f}; {(kept <= 1.5).mean():.0%} of {len(kept)} runs within"),
     ]
-    for name, table in agreement(results, frame).items():
+    for name, table in agreement(frame).items():
         lines.append(line(f"IoU at max_kl {EQUAL_BUDGET:g}, {name}, median", 0.7, table["iou"].median(),
                           f"lowest {table['iou'].min():.2f}; {len(table)} pairs", at_least=True))
     return pd.DataFrame(lines + planted_lines(results))

@@ -66,6 +66,28 @@ def test_times_of_two_machines_are_not_compared(tmp_path: Path) -> None:
         report.Results(tmp_path, {"steps": 2})
 
 
+def test_iou_of_packed_circuits_and_measurements_of_another_folder(toy: tuple[Any, tlnp.PromptPairs], tmp_path: Path) -> None:
+    space = find_nodes(toy[0]).restrict()
+    generator = torch.Generator().manual_seed(0)
+    circuits = [tlnp.Circuit(space, {key: torch.rand(shape, generator=generator) < keep for key, shape in space.shapes.items()})
+                for keep in (0.9, 0.8, 0.8)]
+    empty = report.packed(tlnp.Circuit.empty(space))
+    assert report.iou(*map(report.packed, circuits[:2])) == pytest.approx(circuits[0].iou(circuits[1])) and report.iou(empty, empty) == 1
+    one, two, both = (report.Results(tmp_path / name, SETTINGS) for name in ("one", "two", "both"))
+    add(one, "ours, max_kl 0.05", "ours", 80, 0.06, max_kl=0.05, seconds=4.0, circuit=report.packed(circuits[0]))
+    add(two, "ours, max_kl 0.05", "ours", 90, 0.09, max_kl=0.05, seconds=5.0, circuit=report.packed(circuits[1]))
+    for i, circuit in enumerate(circuits[1:]):
+        add(two, f"ours, max_kl 0.05, search seed {i}", "stability", 80, 0.06, circuit=report.packed(circuit))
+    both.take(one.file)
+    both.take(two.file)
+    both.write()
+    assert [(e["size"], e["run"]) for e in report.Results(tmp_path / "both", SETTINGS).entries] == [(80, 0), (80, 1), (80, 1)]
+    want = [circuits[a].iou(circuits[b]) for a, b in ((1, 2), (1, 0), (2, 0))]
+    assert report.agreement(both.frame())["search seeds, one split"]["iou"].tolist() == pytest.approx(want)
+    with pytest.raises(SystemExit, match="was made with"):
+        report.Results(tmp_path / "other", {"steps": 2}).take(one.file)
+
+
 def test_baselines_have_the_size_asked_for_and_lifting_changes_no_output(toy: tuple[Any, tlnp.PromptPairs]) -> None:
     model, prompts = toy
     space = find_nodes(model).restrict()
