@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tl_nodeprune.ablation import Ablation, batches
+from tl_nodeprune.ablation import Ablation, as_ablation, batches
 from tl_nodeprune.hooks import Attachment, HookFn, answer_logits, find_attachment, mask_hooks, remove_dead, temporary_hooks
 from tl_nodeprune.nodes import GateKey, Gates, NodeSpace, combine, count_parameters, settle
 from tl_nodeprune.probe import check_ready, find_nodes
@@ -155,6 +155,10 @@ class Circuit(Mapping[str, Tensor]):
             return NotImplemented
         self._check_same_nodes(other)
         return Circuit(self.space, {key: rule(live, other._live[key]) for key, live in self._live.items()}, self.ablation)
+
+    def under(self, ablation: str | Ablation) -> Circuit:
+        """The same nodes with another stand-in for the pruned ones; "mean" and "optimal" need an Ablation that is fitted."""
+        return Circuit(self.space, self._live, as_ablation(ablation))
 
     def iou(self, other: Circuit) -> float:
         """Intersection over union of the live leaf nodes, 0 to 1; 1 where both are empty."""

@@ -36,10 +36,9 @@ def with_optimal_constants(model: Any, circuit: Circuit, prompts: PromptPairs, *
             constant.grad = gradient
         optimizer.step()
     learned = Ablation("optimal", {hook: value.detach() for hook, value in constants.items()})
-    gates = {key: circuit.live(*key) for key in circuit.space.shapes}
 
     def kl(ablation: Ablation) -> float:
-        logits = circuit_logits(model, Circuit(circuit.space, gates, ablation), prompts, batch_size=batch_size)
+        logits = circuit_logits(model, circuit.under(ablation), prompts, batch_size=batch_size)
         return float(kl_divergence(logits, reference.full).mean())
 
-    return Circuit(circuit.space, gates, min(means, learned, key=kl))
+    return circuit.under(min(means, learned, key=kl))

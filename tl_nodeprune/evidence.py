@@ -134,7 +134,7 @@ def _under_each_ablation(model: Any, circuit: Circuit, prompts: PromptPairs, jud
                 under = with_optimal_constants(model, circuit, prompts, batch_size=batch_size)
             else:
                 fitted = ablation.fit(model, prompts, circuit.space.hooks, batch_size=batch_size)
-                under = Circuit(circuit.space, {key: circuit.live(*key) for key in circuit.space.shapes}, fitted)
+                under = circuit.under(fitted)
             found = evaluate(model, under, judged, batch_size=batch_size)
             rows[name] = found.to_frame().loc["circuit"].to_dict() | {"found_under": name == circuit.ablation.name}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("ablation"), left_out

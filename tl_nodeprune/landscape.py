@@ -4,96 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.budget import Budget, Measured, Snapshot
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.constants import RATE as CONSTANTS_RATE
 from tl_nodeprune.hooks import HookFn, capture_nodes, mask_hooks, temporary_hooks
-from tl_nodeprune.limits import Limits
 from tl_nodeprune.nodes import GateKey, Gates, NodeSpace
-from tl_nodeprune.objective import LossFn, Reference, check_finite, choice_hinge, fisher_probes, kl_divergence
+from tl_nodeprune.objective import Reference, check_finite, choice_hinge, fisher_probes, kl_divergence
 from tl_nodeprune.prompts import PromptPairs
 
 HINGE_WEIGHT = 0.2
-DISAGREEMENT, PER_NAT = 0.02, 0.4  # share of prompts on which the choice may differ: at any budget, for each of its nats
 FIRST_LOOK = 16  # prompts
 
 Record = Callable[[int, float, int, float], None]
-
-
-class Measured(NamedTuple):
-    """loss: the highest of the groups' means over their prompts. disagreement: share of prompts on which the circuit chooses unlike the
-    full model. hinge: mean of `choice_hinge`, logits. The last two are 0 for a loss of one's own."""
-
-    loss: float
-    disagreement: float
-    hinge: float
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a circuit must keep: the loss, and for KL also the choice between answer and wrong answer.
-
-    loss: what `max_loss` bounds (mean over prompts). agreement: share of the prompts with the full model's choice, at least; None: what
-    goes with the loss. max_size: leaf nodes at most. limits: nodes of single granularities at most. With neither, as few nodes as the
-    loss allows.
-    """
-
-    loss: LossFn = kl_divergence
-    max_loss: float = 0.05
-    agreement: float | None = None
-    max_size: int | None = None
-    limits: Limits | None = None
-
-    @property
-    def smallest(self) -> bool:
-        """Whether the smallest circuit within the loss is sought, not the most faithful of a size."""
-        return self.max_size is None and self.limits is None
-
-    def allows(self, kept: Tensor) -> bool:
-        """Whether a circuit, as kept nodes [node], is within the size or the limits asked for."""
-        return (self.max_size is None or int(kept.sum()) <= self.max_size) and (self.limits is None or self.limits.hold(kept))
-
-    def violation(self, measured: Measured) -> float:
-        """At most 1 when within the budget."""
-        allowed = max(DISAGREEMENT, PER_NAT * self.max_loss) if self.agreement is None else 1 - self.agreement
-        return max(measured.loss / self.max_loss, measured.disagreement / max(allowed, 1e-9))
-
-    def better(self, new: Snapshot, old: Snapshot | None) -> bool:
-        """Smaller within the budget, or of one size and further within it; for a fixed size or within limits, further within it."""
-        if old is None:
-            return not self.smallest or new.violation <= 1
-        if not self.smallest:
-            return new.violation < old.violation
-        if max(new.violation, old.violation) > 1:
-            return new.violation < old.violation
-        return (new.size, new.violation) < (old.size, old.violation)
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A binary circuit met on the way: kept nodes [node] bool, how far it is within the budget, what was measured, its constants, and
-    the scores [node] that it was cut from."""
-
-    kept: Tensor
-    violation: float
-    measured: Measured
-    ablation: Ablation
-    scores: Tensor | None = None
-
-    @property
-    def size(self) -> int:
-        return int(self.kept.sum())
-
-    @property
-    def loss(self) -> float:
-        return self.measured.loss
 
 
 class Quadratic:

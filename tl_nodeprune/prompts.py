@@ -12,11 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_nodeprune.checks import FILL, check_answers, check_mask, check_positions, check_tokens
 from tl_nodeprune.hooks import answer_logits, find_attachment, inactive
 from tl_nodeprune.probe import device_of
-
-FILL = -1
-"""Stands for "no further answer" in rows of `answers` that have fewer than the longest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +38,11 @@ class PromptPairs:
     answer_positions: Int[Tensor, "batch"] | None = None
 
     def __post_init__(self) -> None:
-        _check_tokens(self.clean, self.corrupted)
-        _check_answers(self.clean, self.answers, self.wrong_answers)
-        mask = _check_mask(self.clean, self.attention_mask)
+        check_tokens(self.clean, self.corrupted)
+        check_answers(self.clean, self.answers, self.wrong_answers)
+        mask = check_mask(self.clean, self.attention_mask)
         positions = mask.shape[1] - 1 - mask.flip(1).long().argmax(1) if self.answer_positions is None else self.answer_positions
-        _check_positions(positions, mask)
+        check_positions(positions, mask)
         shift = mask.long().argmax(1)
         order = (torch.arange(mask.shape[1], device=mask.device) + shift[:, None]) % mask.shape[1]
         for name, value in (("clean", self.clean.long()), ("corrupted", self.corrupted.long()), ("attention_mask", mask)):
@@ -240,62 +238,3 @@ def _single_token(model: Any, text: str) -> int:
 def is_unknown(model: Any, token: int, text: str) -> bool:
     """Whether a token is the tokenizer's word for a text that it does not know."""
     return token == getattr(model.tokenizer, "unk_token_id", None) and text.strip() != model.tokenizer.unk_token
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-
-
-def _kind(value: Any) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}, not a tensor"
-
-
-def _check_tokens(clean: Tensor, corrupted: Tensor) -> None:
-    for name, value in (("clean", clean), ("corrupted", corrupted)):
-        if not _is_integer(value) or value.ndim != 2:
-            raise ValueError(f"{name} must be integer token ids [batch pos]; got {_kind(value)}.")
-        if not value.numel():
-            raise ValueError(f"{name} is empty, {tuple(value.shape)}; give one prompt or more, of one token or more.")
-        if int(value.min()) < 0:
-            raise ValueError(f"{name} holds the token id {int(value.min())}; ids start at 0.")
-    if clean.shape != corrupted.shape:
-        raise ValueError(f"clean is {tuple(clean.shape)} and corrupted {tuple(corrupted.shape)}; they must have one shape, "
-                         "aligned token by token and padded alike.")
-
-
-def _check_answers(clean: Tensor, answers: Tensor, wrong: Tensor) -> None:
-    for name, value in (("answers", answers), ("wrong_answers", wrong)):
-        if not _is_integer(value) or value.ndim not in (1, 2) or len(value) != len(clean):
-            raise ValueError(f"{name} must be integer token ids [batch] or [batch k] with batch={len(clean)}; got {_kind(value)}.")
-        table = value if value.ndim == 2 else value[:, None]
-        if not table.numel() or int(table.min()) < FILL or not (table != FILL).any(1).all():
-            raise ValueError(f"{name} must have one token id or more in each row, and {FILL} only as filler; got {table.tolist()[:3]}…")
-    a, w = answers.reshape(len(clean), -1, 1), wrong.reshape(len(clean), 1, -1)
-    same = ((a == w) & (a != FILL)).flatten(1).any(1)
-    if same.any():
-        row = int(same.nonzero()[0])
-        raise ValueError(f"prompt {row}: the answer and the wrong answer share a token ({answers[row].tolist()} and "
-                         f"{wrong[row].tolist()}); they must differ.")
-
-
-def _check_mask(clean: Tensor, attention_mask: Tensor | None) -> Tensor:
-    if attention_mask is None:
-        return torch.ones_like(clean, dtype=torch.bool)
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != clean.shape:
-        given = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else _kind(attention_mask)
-        raise ValueError(f"attention_mask is {given}, but clean and corrupted are {tuple(clean.shape)}.")
-    mask = attention_mask.to(clean.device).bool()
-    runs = (mask.long().diff(dim=1) == 1).sum(1) + mask[:, 0].long()
-    if (runs != 1).any():
-        row = int((runs != 1).nonzero()[0])
-        raise ValueError(f"attention_mask of prompt {row} is {mask[row].int().tolist()}; each needs one unbroken run of 1, "
-                         "with padding on the left or the right.")
-    return mask
-
-
-def _check_positions(positions: Tensor, mask: Tensor) -> None:
-    if not _is_integer(positions) or positions.shape != mask.shape[:1]:
-        raise ValueError(f"answer_positions must be integers [batch] with batch={len(mask)}; got {_kind(positions)}.")
-    inside = (positions >= 0) & (positions < mask.shape[1])
-    if not inside.all() or not mask.gather(1, positions[:, None].to(mask.device).long()).all():
-        raise ValueError(f"answer_positions must point at real tokens, 0 to {mask.shape[1] - 1}; got {positions.tolist()[:8]}…")

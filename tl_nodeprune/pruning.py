@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import pandas as pd
@@ -16,10 +15,10 @@ import torch
 from tqdm.auto import tqdm
 
 from tl_nodeprune.ablation import batches
-from tl_nodeprune.checks import check_agreement, check_counts
+from tl_nodeprune.budget import Budget, Snapshot, budget_of
+from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit, circuit_logits, full_logits
-from tl_nodeprune.landscape import Budget, Landscape, Record, Snapshot
-from tl_nodeprune.limits import Limits, count_of
+from tl_nodeprune.landscape import Landscape, Record
 from tl_nodeprune.masks import NodeMasks, masks_off
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.objective import LossFn, PaperObjective, Reference, kl_divergence
@@ -110,7 +109,7 @@ def prune(
     PromptPairs; RuntimeError where the masks are not attached, another circuit is applied, or the model is in training mode with dropout;
     FloatingPointError at the step where logits or the loss are NaN or inf. The model and the masks are then as before.
     """
-    budget = _budget(masks, max_kl, agreement, max_nodes, loss, max_loss, objective)
+    budget = budget_of(masks.space, max_kl, agreement, max_nodes, loss, max_loss, objective)
     model = _ready(masks, prompts, start)
     check_counts(steps=steps, batch_size=batch_size, step_prompts=step_prompts)
     check_counts(0, exact_tests=exact_tests)
@@ -171,30 +170,6 @@ def _restored_on_error(masks: NodeMasks) -> Iterator[None]:
             for name, score in before[0].items():
                 masks.scores[name].copy_(score)
         raise
-
-
-def _budget(masks: NodeMasks, max_kl: float | None, agreement: float | None, max_nodes: float | int | Mapping[str, float | int] | None,
-            loss: LossFn | None, max_loss: float | None, objective: PaperObjective | None) -> Budget:
-    given: dict[str, Any] = {"max_kl": max_kl, "max_nodes": max_nodes, "max_loss": max_loss, "objective": objective}
-    chosen = [name for name, value in given.items() if value is not None]
-    if len(chosen) != 1:
-        raise ValueError(f"give exactly one of max_kl, max_nodes, loss with max_loss, or objective; got {' and '.join(chosen) or 'none'}.")
-    if (loss is None) != (max_loss is None):
-        raise ValueError("loss and max_loss go together: a loss of your own and what its mean may be at most.")
-    if agreement is not None and max_kl is None:
-        raise ValueError(f"agreement={agreement} goes with max_kl; give that too.")
-    if isinstance(max_nodes, Mapping):
-        return Budget(limits=Limits.of(masks.space, max_nodes))
-    check_agreement(agreement)
-    for name, value in given.items():
-        if name != "objective" and value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-            raise TypeError(f"{name}={value!r}; it must be a number.")
-    limit = max_kl if max_kl is not None else max_loss
-    if limit is not None and not 0 < limit < float("inf"):
-        raise ValueError(f"{chosen[0]}={limit}; it must be a finite number above 0 (nats for max_kl; 0.05 is a good start).")
-    if limit is not None:
-        return Budget(loss or kl_divergence, limit, agreement)
-    return Budget(max_size=None if max_nodes is None else count_of("max_nodes", max_nodes, masks.space.free_total()))
 
 
 def _ready(masks: NodeMasks, prompts: PromptPairs, start: Circuit | None) -> Any:

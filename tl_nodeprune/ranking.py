@@ -11,10 +11,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.budget import Budget, Measured
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.effects import Effects
-from tl_nodeprune.landscape import Budget, Landscape, Measured
+from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.masks import NodeMasks
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.objective import LossFn, kl_divergence

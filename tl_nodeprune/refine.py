@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tl_nodeprune.landscape import Landscape, Quadratic, Record, Snapshot
+from tl_nodeprune.budget import Snapshot
+from tl_nodeprune.landscape import Landscape, Quadratic, Record
 from tl_nodeprune.limits import Limits
 from tl_nodeprune.objective import kl_divergence
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tl_nodeprune.budget import Snapshot
 from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.landscape import Landscape, Record, Snapshot
+from tl_nodeprune.landscape import Landscape, Record
 
 START_SHARES = (0.5, 0.25, 0.12, 0.06, 0.03)
 PATH = (0.05, 0.15, 0.3, 0.5, 0.7, 0.85)

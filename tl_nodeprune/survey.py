@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from tl_nodeprune.budget import Budget
 from tl_nodeprune.hooks import find_attachment
-from tl_nodeprune.landscape import Budget, Landscape
+from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.masks import NodeMasks
 from tl_nodeprune.objective import Reference, kl_divergence
 from tl_nodeprune.preference import Preference, Sample, preference

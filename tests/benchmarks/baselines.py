@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.budget import Budget
 from tl_nodeprune.hooks import capture_nodes
-from tl_nodeprune.landscape import Budget, Landscape
+from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.objective import Reference, positions
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.budget import Budget
 from tl_nodeprune.hooks import temporary_hooks
-from tl_nodeprune.landscape import Budget, Landscape
+from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.objective import Reference
 
 REPEATS = 15

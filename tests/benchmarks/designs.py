@@ -30,7 +30,8 @@ from report import EQUAL_BUDGET, Results
 from soft_gates import DESIGNS, SETTINGS, Settings, SoftGates
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.landscape import Budget, Landscape, Snapshot
+from tl_nodeprune.budget import Budget, Snapshot
+from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.masks import NodeMasks
 from tl_nodeprune.nodes import LEAVES
 from tl_nodeprune.objective import Reference

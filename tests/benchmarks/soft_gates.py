@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from tl_nodeprune.budget import Snapshot
 from tl_nodeprune.gates import Gate, HardConcrete, Step
-from tl_nodeprune.landscape import HINGE_WEIGHT, Landscape, Snapshot
+from tl_nodeprune.landscape import HINGE_WEIGHT, Landscape
 from tl_nodeprune.masks import NodeMasks
 from tl_nodeprune.nodes import GRANULARITIES, LEAVES, GateKey, spread
 from tl_nodeprune.objective import choice_hinge, kl_divergence

@@ -108,6 +108,18 @@ def test_unknown_keys(circuit: tlnp.Circuit, toy: Toy) -> None:
         tlnp.Circuit(space, {GateKey("head", 0): torch.ones(2)})
 
 
+def test_the_same_nodes_under_another_ablation(toy: Toy, circuit: tlnp.Circuit) -> None:
+    model, prompts = toy
+    zero = circuit.under("zero")
+    assert zero == circuit and zero.ablation.name == "zero" and circuit.ablation.name == "interchange"
+    wanted = tlnp.Circuit(circuit.space, {key: circuit.live(*key) for key in circuit.space.shapes}, tlnp.Ablation("zero"))
+    assert tlnp.evaluate(model, zero, prompts) == tlnp.evaluate(model, wanted, prompts) != tlnp.evaluate(model, circuit, prompts)
+    with pytest.raises(ValueError, match="unknown ablation 'nothing'"):
+        circuit.under("nothing")
+    with pytest.raises(ValueError, match="fit it on this model's prompts first"):
+        tlnp.evaluate(model, circuit.under("mean"), prompts)
+
+
 def test_a_mapping_with_hook_shapes(circuit: tlnp.Circuit) -> None:
     assert dict(circuit).keys() == set(circuit.space.hooks) and len(circuit) == 15
     assert circuit["blocks.1.attn.hook_z"].shape == (4, 24) and circuit["blocks.1.hook_attn_out"].shape == ()

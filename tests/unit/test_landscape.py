@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.landscape import Budget, Landscape, Measured, Quadratic
+from tl_nodeprune.budget import Budget, Measured
+from tl_nodeprune.landscape import Landscape, Quadratic
 from tl_nodeprune.objective import Reference, fisher_probes
 from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.search import Search

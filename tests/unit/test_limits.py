@@ -12,7 +12,7 @@ from test_landscape import landscape_of
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.landscape import Budget
+from tl_nodeprune.budget import Budget
 from tl_nodeprune.limits import Limits
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.refine import Refinement

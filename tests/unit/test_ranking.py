@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.landscape import Budget
+from tl_nodeprune.budget import Budget
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.ranking import LowestLoss, NodeScores, _Part

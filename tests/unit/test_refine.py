@@ -9,7 +9,8 @@ import torch
 from test_landscape import landscape_of
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.landscape import Budget, Landscape
+from tl_nodeprune.budget import Budget
+from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.refine import Refinement
 
 Toy = tuple[Any, tlnp.PromptPairs]
