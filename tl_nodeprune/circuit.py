@@ -94,13 +94,13 @@ class Circuit(Mapping[str, Tensor]):
 
     @property
     def size(self) -> int:
-        """How many leaf nodes are live (those with nothing gated below them)."""
-        return sum(int(self._live[key].sum()) for key in self.space.leaves())
+        """How many leaf nodes are live: those that do not follow from gates below them, as nothing, or not everything, there is gated."""
+        return sum(int(self._live[key].sum()) for key in self.space.free())
 
     @property
     def size_total(self) -> int:
         """How many leaf nodes there are."""
-        return sum(self._live[key].numel() for key in self.space.leaves())
+        return self.space.free_total()
 
     @property
     def sparsity(self) -> float:
@@ -163,7 +163,7 @@ class Circuit(Mapping[str, Tensor]):
     def iou(self, other: Circuit) -> float:
         """Intersection over union of the live leaf nodes, 0 to 1; 1 where both are empty."""
         self._check_same_nodes(other)
-        pairs = [(self._live[key], other._live[key]) for key in self.space.leaves()]
+        pairs = [(self._live[key], other._live[key]) for key in self.space.free()]
         union = sum(int((a | b).sum()) for a, b in pairs)
         return sum(int((a & b).sum()) for a, b in pairs) / union if union else 1.0
 

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("circuit", type=Path, help="a circuit.safetensors that `prune` or Circuit.save wrote")
     show.add_argument("--html", type=Path, required=True, help="the page to write; it needs no network")
     show.add_argument("--no-effects", action="store_true", help="leave out the effects of single heads and blocks, one run each")
-    _add_model_and_task(show, seed=1, prompts=64)
+    _add_model_and_task(show, seed=1, prompts=64, seed_of="the named tasks' prompts")
     show.set_defaults(command=_show_page)
     prune = commands.add_parser("prune", help="find a circuit in a model of yours")
     prune.add_argument("--max-kl", type=float, default=0.05, help="nats at the answer positions (default: %(default)s)")
@@ -58,16 +58,17 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--out", type=Path, required=True, help="folder for circuit.safetensors and report.json")
     prune.add_argument("--ablation", default="interchange", help="interchange, mean, zero or optimal (default: %(default)s)")
     prune.add_argument("--granularities", nargs="+", metavar="G", help=f"some of {', '.join(GRANULARITIES)} (default: all)")
-    _add_model_and_task(prune, seed=0, prompts=200)
+    prune.add_argument("--html", type=Path, help="also write a page about the circuit, on the prompts held out")
+    _add_model_and_task(prune, seed=0, prompts=200, seed_of="the named tasks' prompts, the split and the search")
     prune.set_defaults(command=_prune)
     return parser
 
 
-def _add_model_and_task(parser: argparse.ArgumentParser, *, seed: int, prompts: int) -> None:
+def _add_model_and_task(parser: argparse.ArgumentParser, *, seed: int, prompts: int, seed_of: str) -> None:
     parser.add_argument("--model", required=True, help="a Hugging Face name or folder, or 'toy' for the embedded model")
     parser.add_argument("--task", required=True, help=f"{', '.join(tasks.ROWS)}, or a .jsonl file (clean, corrupted, answer, wrong)")
     parser.add_argument("--prompts", type=int, default=prompts, help="how many, for the named tasks (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=seed, help="of the named tasks' prompts and of the search (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=seed, help=f"of {seed_of} (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
 
 
@@ -89,7 +90,8 @@ def _show_page(args: argparse.Namespace) -> None:
     circuit = Circuit.load(args.circuit)
     model = load_model(args.model, args.device)
     circuit.check_fits(model)
-    _write_page(args.html, model, circuit, _prompts(args, model), Path(args.task).stem, effects=not args.no_effects)
+    _write_page(args.html, model, circuit, _prompts(args, model), Path(args.task).stem, effects=not args.no_effects,
+                note="Prompts that the circuit was searched on flatter it. The page that `tl-nodeprune prune --html` writes is on others.")
 
 
 def _check_page(path: Path) -> None:
@@ -100,12 +102,14 @@ def _check_page(path: Path) -> None:
         raise ValueError(f"--html {str(path)!r} cannot be written: {str(above)!r} is a file.")
 
 
-def _write_page(path: Path, model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, task: str, *, effects: bool = True) -> None:
+def _write_page(path: Path, model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, task: str, *, effects: bool = True,
+                note: str = "") -> None:
     gated = (circuit.circuit if isinstance(circuit, PruneResult) else circuit).space.granularities
-    patched = [name for name in COARSE if name in gated]
-    found = activation_patching(model, prompts[:_PATCHED], patched) if effects and patched else None
+    effects = effects and prompts.has_corrupted and any(name in gated for name in COARSE)
+    found = activation_patching(model, prompts[:_PATCHED]) if effects else None
+    summary, *figures = overview(model, circuit, prompts, task=task, effects=found)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_html(path, *overview(model, circuit, prompts, task=task, effects=found), title=f"Circuit: {task}")
+    save_html(path, summary, *[note] * bool(note), *figures, title=f"Circuit: {task}")
     print(f"A page to look at, figures and kept nodes: {path.absolute()}")
 
 
@@ -116,6 +120,8 @@ def _prune(args: argparse.Namespace) -> None:
     as_ablation(args.ablation)
     check_agreement(args.agreement)
     check_granularities(args.granularities, GRANULARITIES)
+    if args.html:
+        _check_page(args.html)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file; give a folder, which need not exist yet.")
     model = load_model(args.model, args.device)
@@ -129,6 +135,8 @@ def _prune(args: argparse.Namespace) -> None:
                 "prompts": len(train)}
     (args.out / "report.json").write_text(json.dumps(_as_json(settings, result, report), indent=2, allow_nan=False) + "\n")
     print(f"Written: {args.out / 'circuit.safetensors'}, {args.out / 'report.json'}")
+    if args.html:
+        _write_page(args.html, model, result, test, Path(args.task).stem)
 
 
 def _check_task(task: str) -> None:

@@ -66,6 +66,7 @@ def report(
         evaluation = evaluate(model, circuit, judged, batch_size=batch_size)
         ablations, left_out = _under_each_ablation(model, circuit, prompts, judged, batch_size)
         return Report(
+            circuit=circuit,
             settings=Settings(circuit.space.model_name, circuit.ablation.name, circuit.space.granularities, circuit.space.layers,
                               circuit.size, circuit.size_total, len(judged), held_out is not None, units, len(trial.tried),
                               len(trial.kept), n_random, n_subsets, alpha, seed),

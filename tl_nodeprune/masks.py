@@ -66,10 +66,10 @@ class NodeMasks(nn.Module):
             return {hook: self.mask(hook).clone() for hook in self.space.hooks}
 
     def expected_size(self) -> Tensor:
-        """Expected number of live leaf nodes: sum over leaves of P(open) times P(open) of every gate above. Scalar, differentiable."""
+        """Expected number of live leaf nodes: sum over them of P(open) times P(open) of every gate above. Scalar, differentiable."""
         probability = {key: self.gate.probability(self.score(key)) for key in self.space.shapes}
         total = torch.zeros((), device=self.score(next(iter(probability))).device)
-        for key in self.space.leaves():
+        for key in self.space.free():
             live = probability[key]
             for parent in self.space.ancestors(key):
                 live = live * spread(probability[parent], live.ndim)

@@ -124,8 +124,8 @@ class NodeSpace:
         return [key for key in self.shapes if not self.children(key)]
 
     def free(self) -> list[GateKey]:
-        """The gate tensors that a search decides on: the leaves, and gates above something that is not gated; at most one per hook
-        point. All others follow from what is below them."""
+        """The gate tensors that a search decides on and sizes count: the leaves, and gates above something that is not gated; at most one
+        per hook point. All others follow from what is below them."""
         return [key for key in self.shapes if not self.covered(key)]
 
     def free_total(self) -> int:

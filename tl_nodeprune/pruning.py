@@ -53,7 +53,7 @@ class PruneResult:
     circuit's KL before room was made for that (NaN where not measured: fewer than 16 different pairs, or 24 steps). seconds: wall time.
     peak_memory: bytes, the process's peak on CPU (since its start; 0 on Windows), the allocator's on CUDA (since the search began).
     scores: every leaf node's place, `1 - (place - 1) / n`: kept ones first, each side in the order of the search's own scores. For figures,
-    and for what would come next; `rank` makes a ranking that is good at every size.
+    and for what would come next; `rank` makes a ranking that is good at every size. loss: what `kl` is, "KL" or the name of the loss given.
     """
 
     circuit: Circuit
@@ -66,6 +66,7 @@ class PruneResult:
     minimal: bool = False
     gap: float = float("nan")
     scores: NodeScores | None = field(default=None, repr=False)
+    loss: str = "KL"
 
     def to_frame(self) -> pd.DataFrame:
         """The history, a row per step."""
@@ -132,7 +133,8 @@ def prune(
     if problem := None if objective else found.problem(budget):
         warnings.warn(problem, stacklevel=2)
     return PruneResult(found.circuit, not problem, found.kl, history, time.perf_counter() - began, _peak_memory(model), found.p_value,
-                       found.minimal, found.gap, NodeScores.from_circuit(found.circuit, within=found.order))
+                       found.minimal, found.gap, NodeScores.from_circuit(found.circuit, within=found.order),
+                       "KL" if loss is None else getattr(loss, "__name__", "loss"))
 
 
 @dataclass(frozen=True)

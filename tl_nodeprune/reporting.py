@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import Evaluation
 from tl_nodeprune.hypotheses import HypothesisTest
 from tl_nodeprune.redundancy import Redundancy
@@ -49,13 +50,14 @@ class Settings:
 class Report:
     """What a circuit is worth; made by `tl_nodeprune.report`. Printed, it says so in words, a line per verdict.
 
-    settings: what all of it holds for. evaluation: on the prompts judged on; searched: on those of the search, where others were held
-    out. intervals: 95 %, for the means of the evaluation, by name; NaN for fewer than 10 prompts. task_p: see `Preference.p_value`,
-    NaN where there are no corrupted prompts. ablations: the circuit judged under each ablation. effects: a row per unit tried, with what
-    its removal does (see `trial.UnitEffects`) and its p-value of `hypotheses.minimality`. redundancies: units that can do each other's
-    work; stand_ins_sought, pairs_among: for, and among, how many units they were looked for. notes: what else to know.
+    circuit: the one judged. settings: what all of it holds for. evaluation: on the prompts judged on; searched: on those of the search,
+    where others were held out. intervals: 95 %, for the means of the evaluation, by name; NaN for fewer than 10 prompts. task_p: see
+    `Preference.p_value`, NaN where there are no corrupted prompts. ablations: the circuit judged under each ablation. effects: a row per
+    unit tried, with what its removal does (see `trial.UnitEffects`) and its p-value of `hypotheses.minimality`. redundancies: units that
+    can do each other's work; stand_ins_sought, pairs_among: for, and among, how many units they were looked for. notes: what else to know.
     """
 
+    circuit: Circuit = field(repr=False)
     settings: Settings
     evaluation: Evaluation
     searched: Evaluation | None

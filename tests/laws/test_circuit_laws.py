@@ -42,7 +42,7 @@ def test_complement_leaves_an_uncovered_gate_as_it_is(toy: Toy) -> None:
     """"layer" above "head" alone: the layer's MLP is not gated, so the layer gate is no mere sum of its leaves."""
     space = find_nodes(toy[0]).restrict(("layer", "head"))
     c = tlnp.Circuit(space, {key: torch.ones(shape) * (key.layer != 1) for key, shape in space.shapes.items()})
-    assert ~~c == c and (c & ~c).size == 0
+    assert ~~c == c and (c & ~c).count() == {"layer": 2, "head": 0}
     assert [bool((~c).live("layer", layer)) for layer in range(3)] == [True, False, True]
 
 

@@ -230,6 +230,11 @@ def test_pairs_too_few_to_hold_out_are_searched_within_half_the_budget(toy: Toy)
     assert few <= 0.15 < min(enough, single) and max(enough, single) <= 0.3
 
 
+def test_a_result_names_its_loss(toy: Toy, masks: tlnp.NodeMasks) -> None:
+    assert masks.prune(toy[1], loss=any_loss, max_loss=9.0, steps=1, exact_tests=0, progress=False).loss == "any_loss"
+    assert masks.prune(toy[1], max_nodes=9, steps=1, exact_tests=0, progress=False).loss == "KL"
+
+
 def test_the_paper_s_objective_needs_no_kept_stand_ins(toy: Toy, masks: tlnp.NodeMasks) -> None:
     """Recomputed for each batch, with the masks out of the way, they are the same."""
     objective = tlnp.PaperObjective(lam=0.5, steps=8, warmup=1)

@@ -155,6 +155,23 @@ def test_token_effects_under_the_circuits_own_ablation(toy: Toy, ablation: str) 
     assert layer.abs().max() > 1
 
 
+def test_a_model_without_a_tokenizer_shows_token_ids(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = toy
+    circuit = tlnp.Circuit.full(find_nodes(model))
+    monkeypatch.setattr(model, "tokenizer", None)
+    for view in (tlnp.viz.kept_neurons, tlnp.viz.kept_heads, tlnp.viz.token_effects):
+        shown = view(model, circuit, prompts).local_src
+        assert all(f'" {token}"' in shown for token in prompts.clean[0][prompts.attention_mask[0]].tolist()), view.__name__
+
+
+def test_a_report_is_shown_as_its_circuit(toy: Toy) -> None:
+    model, prompts = toy
+    circuit = tlnp.Circuit.full(find_nodes(model).restrict(["head", "mlp"]))
+    report = tlnp.report(model, circuit, prompts, n_random=2, n_subsets=1, max_units=1, progress=False)
+    assert report.circuit is circuit and tlnp.viz.mask_map(report) == tlnp.viz.mask_map(circuit)
+    assert any(item == str(report) for item in tlnp.viz.overview(model, report, prompts) if isinstance(item, str))
+
+
 def test_views_need_no_network(toy: Toy) -> None:
     """circuitsvis alone looks for a network, and then loads its JavaScript from there."""
     view = tlnp.viz.kept_neurons(*toy[:1], some_circuit(toy[0]), toy[1])
@@ -175,7 +192,7 @@ def test_errors(toy: Toy, other_model: Any) -> None:
         tlnp.viz.kept_heads(model, some_circuit(model, ("mlp",)), prompts)
     circuit = some_circuit(model)
     for view in (tlnp.viz.kept_neurons, tlnp.viz.pruned_neurons, tlnp.viz.kept_heads, tlnp.viz.token_effects):
-        with pytest.raises(TypeError, match="circuit must be a Circuit or a PruneResult, got str; Circuit.load"):
+        with pytest.raises(TypeError, match="circuit must be a Circuit, a PruneResult or a Report, got str; Circuit.load"):
             view(model, "circuit.safetensors", prompts)  # type: ignore[operator]
         with pytest.raises(TypeError, match="prompts must be PromptPairs, got list"):
             view(model, circuit, ["Mary"])  # type: ignore[operator]

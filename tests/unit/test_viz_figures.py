@@ -128,6 +128,24 @@ def test_circuit_graph_of_one_granularity(only: tuple[str, ...], label: str) -> 
     assert tlnp.viz.circuit_graph(tlnp.Circuit.full(space_of(2, only))).data[-1].name == label
 
 
+def test_circuit_graph_of_layers_above_what_is_not_gated() -> None:
+    """Their attention is not gated, so a layer stands for itself beside its MLP; the circuit is not empty."""
+    space = space_of(3, ("layer", "mlp"))
+    gates = {key: torch.tensor(key.granularity == "layer" and key.layer < 2 or key == ("mlp", 1)) for key in space.shapes}
+    circuit = tlnp.Circuit(space, gates)
+    assert (circuit.size, circuit.size_total, circuit.sparsity) == (3, 6, 0.5)
+    marks = {trace.name: list(trace.text) for trace in tlnp.viz.circuit_graph(circuit).data if trace.text}
+    assert marks == {"MLPs": ["1"], "layers": ["0", "1"]}
+
+
+def test_circuit_graph_tells_nodes_that_were_not_measured() -> None:
+    circuit = random_circuit()
+    effects = {hook: torch.full_like(mask, 0.1) for hook, mask in circuit.items() if hook.endswith("hook_z")}
+    *_, heads, mlps = tlnp.viz.circuit_graph(circuit, effects=effects).data
+    assert heads.marker.coloraxis == "coloraxis" and mlps.marker.coloraxis is None
+    assert mlps.name == "MLPs, effect not measured" and isinstance(mlps.marker.color, str) and "effect" not in mlps.hovertext[0]
+
+
 def test_compare_by_hand() -> None:
     a, b = random_circuit(), random_circuit(seed=5)
     figure = tlnp.viz.compare(a, b, names=("one", "<two>"))
@@ -141,6 +159,9 @@ def test_compare_by_hand() -> None:
     assert f"intersection over union {a.iou(b):.2f}" in figure.layout.title.text
     assert shares.text[0][5] == f"{shares.z[0][5]:.2g}"
     assert np.nanmin(np.array(tlnp.viz.compare(a, a).data[-1].z, dtype=float)) == 1
+    blocks = tlnp.viz.compare(a, b, effects={"blocks.0.hook_attn_out": torch.tensor(0.25)}).data[-1]
+    word = ("in neither", "only in a", "only in b", "in both")[int(a.live("attn", 0)) + 2 * int(b.live("attn", 0))]
+    assert blocks.hovertext[0][1] == f"attn 0: {word}<br>effect 0.25"
 
 
 def test_history_shows_every_step() -> None:
@@ -149,13 +170,17 @@ def test_history_shows_every_step() -> None:
     assert [list(trace.y) for trace in figure.data] == [[getattr(s, name) for s in steps] for name in ("kl", "size", "coefficient")]
     assert figure.data[0].text[3] == "step 3<br>KL 0.5<br>97 nodes open<br>coefficient 0.3"
     assert "not converged" in figure.layout.title.text and "ioi" in figure.layout.title.text
+    assert "KL 0.09 nats" in figure.layout.title.text and figure.layout.yaxis.title.text == "KL, nats"
+    own = tlnp.viz.history(tlnp.PruneResult(random_circuit(), True, 0.09, steps, 3.0, 0, loss="shortfall"))
+    assert "The search: shortfall 0.09 in 3 s" in own.layout.title.text and own.layout.yaxis.title.text == "shortfall"
+    assert own.data[0].text[3].startswith("step 3<br>shortfall 0.5<br>")
 
 
-def some_sweep() -> tlnp.Sweep:
+def some_sweep(only: tuple[str, ...] = tuple(SHAPES)) -> tlnp.Sweep:
     metrics = [Metrics(kl, 1.0, 2.0, 1.0) for kl in (0.1, 0.3, 0.2)]
     evaluations = [tlnp.Evaluation(m, m, m, 1.0, "zero", 4) for m in metrics]
     circuits = [tlnp.Circuit(c.space, {k: c.live(*k) for k in c.space.shapes}, tlnp.Ablation("zero"))
-                for c in (random_circuit(seed=seed) for seed in range(3))]
+                for c in (random_circuit(seed=seed, only=only) for seed in range(3))]
     return tlnp.Sweep(tuple(SweepRun(0.05, seed, tlnp.PruneResult(circuit, True, 0.05, [], 1.0, 0), evaluation)
                             for seed, (circuit, evaluation) in enumerate(zip(circuits, evaluations, strict=True))))
 
@@ -169,6 +194,16 @@ def test_frontier_of_a_sweep_beside_a_table() -> None:
     assert list(others.x) == [10, 20] and list(others.y) == [0.4, 0.1] and others.name == "EAP &lt;b&gt;"
     assert tlnp.viz.frontier(table).layout.yaxis.type == "log"
     assert tlnp.viz.frontier(table.assign(kl=0.0)).layout.yaxis.type == "linear"  # a log axis would drop the point
+
+
+def test_frontier_tells_sweeps_apart() -> None:
+    one, other = some_sweep(), some_sweep(("head",))
+    every = ", ".join(SHAPES)
+    assert [t.name for t in tlnp.viz.frontier(one, other).data[::2]] == [f"tl_nodeprune, {every}; zero", "tl_nodeprune, head; zero"]
+    assert [t.name for t in tlnp.viz.frontier(one, one).data[::2]] == ["tl_nodeprune, zero (1)", "tl_nodeprune, zero (2)"]
+    assert [t.name for t in tlnp.viz.frontier(one, other, names=("all", "heads")).data[::2]] == ["all", "heads"]
+    with pytest.raises(ValueError, match="give 2, one for each Sweep, all different"):
+        tlnp.viz.frontier(one, other, names=("all", "all"))
 
 
 def test_agreement_ranks_by_absolute_effect() -> None:
@@ -264,8 +299,8 @@ CIRCUIT = random_circuit()
 
 
 @pytest.mark.parametrize(("call", "error", "text"), [
-    (lambda viz: viz.mask_map("c.safetensors"), TypeError, "circuit must be a Circuit or a PruneResult, got str; Circuit.load"),
-    (lambda viz: viz.compare(CIRCUIT, None), TypeError, "circuit_b must be a Circuit or a PruneResult, got NoneType"),
+    (lambda viz: viz.mask_map("c.safetensors"), TypeError, "circuit must be a Circuit, a PruneResult or a Report, got str; Circuit.load"),
+    (lambda viz: viz.compare(CIRCUIT, None), TypeError, "circuit_b must be a Circuit, a PruneResult or a Report, got NoneType"),
     (lambda viz: viz.compare(CIRCUIT, random_circuit(2)), ValueError, "the two circuits are over different nodes"),
     (lambda viz: viz.mask_map(CIRCUIT, effects=torch.ones(3)), TypeError, "effects must be a mapping from hook name to tensor, got Tensor"),
     (lambda viz: viz.circuit_graph(CIRCUIT, scores={"head": torch.ones(3)}), ValueError,

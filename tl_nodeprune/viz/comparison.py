@@ -11,15 +11,14 @@ from plotly.subplots import make_subplots
 
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.nodes import GateKey, node_name
-from tl_nodeprune.pruning import PruneResult
 from tl_nodeprune.viz.maps import PRUNED, head_shares, live_scale, values_texts
-from tl_nodeprune.viz.values import TITLES, Values, check_values, circuit_of, colorbar, height, title
+from tl_nodeprune.viz.values import TITLES, HasCircuit, Values, check_values, circuit_of, colorbar, height, title
 
 _NOTHING = "#AAAAAA"  # opaque, since the number on it is coloured against it
 _COLOURS = (PRUNED, "#4C78A8", "#F58518", "#54A24B")  # the last three from plotly.colors.qualitative.T10
 
 
-def compare(circuit_a: Circuit | PruneResult, circuit_b: Circuit | PruneResult, *, names: tuple[str, str] = ("a", "b"),
+def compare(circuit_a: HasCircuit, circuit_b: HasCircuit, *, names: tuple[str, str] = ("a", "b"),
             scores: Values | None = None, effects: Values | None = None, task: str = "") -> go.Figure:
     """What two circuits over the same nodes share: a map of heads (in both, in one, in neither), and the intersection over union of
     live nodes by layer and granularity; no number where neither has a node.
@@ -38,7 +37,7 @@ def compare(circuit_a: Circuit | PruneResult, circuit_b: Circuit | PruneResult, 
     common = {"y": [str(layer) for layer in a.space.layers], "xgap": 1, "ygap": 1, "hovertemplate": "%{hovertext}<extra></extra>"}
     if has_heads:
         _add_heads(fig, a, b, names, (scores, effects), common)
-    cells = [[_overlap(a, b, GateKey(name, layer), names) for name in a.space.granularities] for layer in a.space.layers]
+    cells = [[_overlap(a, b, GateKey(name, layer), names, scores, effects) for name in a.space.granularities] for layer in a.space.layers]
     fig.add_trace(go.Heatmap(
         z=np.array([[cell[0] for cell in row] for row in cells]), x=[TITLES[name] for name in a.space.granularities], name="granularities",
         hovertext=[[cell[1] for cell in row] for row in cells], coloraxis="coloraxis", textfont={"size": 10}, texttemplate="%{text}",
@@ -60,7 +59,7 @@ def _add_heads(fig: go.Figure, a: Circuit, b: Circuit, names: tuple[str, str], v
     one, two = head_shares(a), head_shares(b)
     assert one is not None and two is not None
     which = np.where(np.isnan(one), np.nan, (one > 0) + 2.0 * (two > 0))
-    words = ("in neither", f"only in {names[0]}", f"only in {names[1]}", "in both")
+    words = _where(names)
     told = [["" if np.isnan(v) else f"{node_name('head', layer, i)}: {words[int(v)]}{more}"
              for i, (v, more) in enumerate(zip(row, values_texts(a, GateKey("head", layer), *values), strict=False))]
             for layer, row in zip(a.space.layers, which, strict=True)]
@@ -73,12 +72,20 @@ def _add_heads(fig: go.Figure, a: Circuit, b: Circuit, names: tuple[str, str], v
                                  name=f"head {word}"), row=1, col=1)
 
 
-def _overlap(a: Circuit, b: Circuit, key: GateKey, names: tuple[str, str]) -> tuple[float, str]:
+def _where(names: tuple[str, str]) -> tuple[str, str, str, str]:
+    return "in neither", f"only in {names[0]}", f"only in {names[1]}", "in both"
+
+
+def _overlap(a: Circuit, b: Circuit, key: GateKey, names: tuple[str, str], scores: Values | None, effects: Values | None
+             ) -> tuple[float, str]:
     """Intersection over union of one gate tensor's live nodes, and the counts in words."""
     if key not in a.space.shapes:
         return float("nan"), f"{key.granularity} {key.layer}: not gated"
     one, two = a.live(*key), b.live(*key)
     both, union = int((one & two).sum()), int((one | two).sum())
+    if not one.ndim:
+        told = f"{node_name(*key)}: {_where(names)[int(one) + 2 * int(two)]}{values_texts(a, key, scores, effects)[0]}"
+        return (both / union if union else float("nan")), told
     words = (f"layer {key.layer}, {TITLES[key.granularity]}: {both:,} in both, {int(one.sum()) - both:,} only in {names[0]}, "
              f"{int(two.sum()) - both:,} only in {names[1]}")
     return (both / union if union else float("nan")), words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,9 @@ from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 from tl_nodeprune.agreement import auroc
-from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.pruning import PruneResult
 from tl_nodeprune.sweep import Sweep
-from tl_nodeprune.viz.values import TITLES, Values, check_values, circuit_of, heading, hover, nodes_frame, title
+from tl_nodeprune.viz.values import TITLES, HasCircuit, Values, check_values, circuit_of, heading, hover, nodes_frame, title
 
 _COLUMNS = ("size", "kl", "method")
 _KEPT, _CUT = "#4C78A8", "#F58518"  # plotly.colors.qualitative.T10
@@ -33,9 +33,10 @@ def history(result: PruneResult, *, task: str = "") -> go.Figure:
     if not result.history:
         raise ValueError("the history of this result is empty; there is nothing to show.")
     table = result.to_frame()
-    rows = {"kl": "KL, nats", "size": "nodes open", "coefficient": "coefficient"}
+    loss, unit = html.escape(result.loss), " nats" if result.loss == "KL" else ""
+    rows = {"kl": f"{loss},{unit}".rstrip(","), "size": "nodes open", "coefficient": "coefficient"}
     fig = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.06)
-    text = [f"step {s.step}<br>KL {s.kl:.4g}<br>{s.size:,} nodes open<br>coefficient {s.coefficient:.4g}" for s in result.history]
+    text = [f"step {s.step}<br>{loss} {s.kl:.4g}<br>{s.size:,} nodes open<br>coefficient {s.coefficient:.4g}" for s in result.history]
     for row, (column, label) in enumerate(rows.items(), start=1):
         fig.add_trace(go.Scatter(x=table["step"].to_numpy(), y=table[column].to_numpy(), mode="lines", name=label, text=text,
                                  hovertemplate="%{text}<extra></extra>"), row=row, col=1)
@@ -44,19 +45,26 @@ def history(result: PruneResult, *, task: str = "") -> go.Figure:
     fig.add_hline(y=result.kl, line_dash="dash", line_width=1, row=1, col=1)
     fig.add_hline(y=result.circuit.size, line_dash="dash", line_width=1, row=2, col=1)
     fig.update_xaxes(title_text="step", row=3, col=1)
-    what = f"The search: KL {result.kl:.4g} nats in {result.seconds:.0f} s{'' if result.converged else ', not converged'}"
+    what = f"The search: {loss} {result.kl:.4g}{unit} in {result.seconds:.0f} s{'' if result.converged else ', not converged'}"
     return fig.update_layout(height=620, showlegend=False, margin={"t": 70}, title=heading(what, result.circuit, task))
 
 
-def frontier(*sources: Sweep | pd.DataFrame, task: str = "") -> go.Figure:
+def frontier(*sources: Sweep | pd.DataFrame, names: Sequence[str] | None = None, task: str = "") -> go.Figure:
     """Size against KL, a line per method. A Sweep gives its runs as faint points, KL on held-out prompts, and their medians over
     seeds as a line; a DataFrame has the columns size (leaf nodes), kl (nats) and method, a row per point.
 
-    Raises: TypeError for another type; ValueError where there is no source, a column is missing, or there is no point.
+    names: of the Sweeps, in their order; by default what they gate and under which ablation.
+    Raises: TypeError for another type; ValueError where there is no source, a column is missing, there is no point, or names are not as
+    many as Sweeps, all different.
     """
     if not sources:
         raise ValueError("frontier needs a Sweep, or a DataFrame with the columns size, kl and method.")
-    points = pd.concat([_points(source, i) for i, source in enumerate(sources)], ignore_index=True)
+    sweeps = [source for source in sources if isinstance(source, Sweep)]
+    if names is not None and (len(names) != len(sweeps) or len(set(names)) != len(names)):
+        raise ValueError(f"names={list(names)!r}; give {len(sweeps)}, one for each Sweep, all different.")
+    called = iter(names if names is not None else _sweep_names(sweeps))
+    points = pd.concat([_sweep_points(source, next(called)) if isinstance(source, Sweep) else _points(source, i)
+                        for i, source in enumerate(sources)], ignore_index=True)
     if points.empty:
         raise ValueError("there is no run and no point to show.")
     fig = go.Figure()
@@ -70,7 +78,7 @@ def frontier(*sources: Sweep | pd.DataFrame, task: str = "") -> go.Figure:
     return fig.update_layout(height=480, margin={"t": 70}, title=title("Size against faithfulness", facts))
 
 
-def agreement(circuit: Circuit | PruneResult, effects: Values, *, scores: Values | None = None, task: str = "") -> go.Figure:
+def agreement(circuit: HasCircuit, effects: Values, *, scores: Values | None = None, task: str = "") -> go.Figure:
     """A circuit's mask against effects of single nodes: for each granularity that has effects, its nodes from the largest absolute
     effect to the smallest, coloured by whether the circuit keeps them. Where the two agree all kept nodes stand at the left.
 
@@ -118,10 +126,8 @@ def _curve(points: pd.DataFrame, method: str, colour: str, *, faint: bool) -> go
         hovertemplate=f"{method}%{{text}}<br>%{{x:,}} leaf nodes<br>KL %{{y:.4g}} nats<extra></extra>")
 
 
-def _points(source: Sweep | pd.DataFrame, index: int) -> pd.DataFrame:
+def _points(source: pd.DataFrame, index: int) -> pd.DataFrame:
     """Columns size, kl, method, run (a sweep's single run), note."""
-    if isinstance(source, Sweep):
-        return _sweep_points(source)
     if not isinstance(source, pd.DataFrame):
         raise TypeError(f"frontier takes a Sweep or a DataFrame, got {type(source).__name__} as source {index}.")
     missing = [name for name in _COLUMNS if name not in source]
@@ -130,9 +136,16 @@ def _points(source: Sweep | pd.DataFrame, index: int) -> pd.DataFrame:
     return source[list(_COLUMNS)].assign(run=False, note="")
 
 
-def _sweep_points(sweep: Sweep) -> pd.DataFrame:
-    names = dict.fromkeys(run.result.circuit.ablation.name for run in sweep.runs)
-    method = f"tl_nodeprune, {', '.join(names)}"
+def _sweep_names(sweeps: list[Sweep]) -> list[str]:
+    """What tells each Sweep from the others: what it gates, and a number where that is not enough."""
+    circuits = [[run.result.circuit for run in sweep.runs] for sweep in sweeps]
+    gated = [", ".join(some[0].space.granularities) if some else "" for some in circuits]
+    ablated = [", ".join(dict.fromkeys(circuit.ablation.name for circuit in some)) for some in circuits]
+    names = [f"tl_nodeprune, {b}" if len(set(gated)) == 1 else f"tl_nodeprune, {a}; {b}" for a, b in zip(gated, ablated, strict=True)]
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, start=1)]
+
+
+def _sweep_points(sweep: Sweep, method: str) -> pd.DataFrame:
     runs, medians = (table.rename(columns={"nodes": "size"}) for table in (sweep.to_frame(), sweep.frontier()))
     runs = runs.assign(run=True, note=[f", seed {seed}, max_kl {kl:g}" for seed, kl in zip(runs["seed"], runs["max_kl"], strict=True)])
     medians = medians.assign(run=False, note=[f", medians at max_kl {kl:g}" for kl in medians["max_kl"]])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import plotly.graph_objects as go
 
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.nodes import GateKey, node_name
-from tl_nodeprune.pruning import PruneResult
-from tl_nodeprune.viz.values import DIVERGING, Values, check_values, circuit_of, colorbar, effect_of, heading, height, score_of
+from tl_nodeprune.viz.values import DIVERGING, HasCircuit, Values, check_values, circuit_of, colorbar, effect_of, heading, height, score_of
 
 _WIDTHS = 5
 _SPINE = "rgba(128,128,128,0.7)"
@@ -35,13 +35,14 @@ class _Unit:
         return node_name(*self.key, *self.index)
 
 
-def circuit_graph(circuit: Circuit | PruneResult, *, scores: Values | None = None, effects: Values | None = None,
+def circuit_graph(circuit: HasCircuit, *, scores: Values | None = None, effects: Values | None = None,
                   task: str = "") -> go.Figure:
     """The kept heads and blocks, each with a line to the residual stream that it adds to, layer by layer from the bottom up.
 
     A node circuit says which nodes are kept, not which reads which: so every line goes to the stream, none from node to node.
-    With effects, size, line width and colour are the node's effect; without, size and width are the share of its dims or neurons that
-    is live. An attention block stands for its heads where no head is gated, a layer for its blocks where nothing else is.
+    With effects, size, line width and colour are the node's effect, and nodes without one are grey; without, size and width are the
+    share of its dims or neurons that is live. An attention block stands for its heads where no head is gated, a layer for what is not
+    gated in it.
 
     Raises: TypeError for what is no circuit or no mapping; ValueError for an empty circuit, or scores or effects of other hooks or shapes.
     """
@@ -89,8 +90,8 @@ def _units(circuit: Circuit, layer: int, scores: Values | None, effects: Values 
         what = "neurons" if GateKey("mlp_neuron", layer) in circuit.space.shapes else "output dims"
         yield unit(GateKey("mlp", layer), (), 0.3, mlp[0], what)
     whole = GateKey("layer", layer)
-    if z not in circuit and not mlp and attn not in circuit.space.shapes and circuit.live(*whole):
-        yield unit(whole, (), 0.3, np.ones(1), "")
+    if whole in circuit.space.free() and circuit.live(*whole):
+        yield unit(whole, (), 0.15, np.ones(1), "")
 
 
 def _height(unit: _Unit) -> float:
@@ -110,12 +111,16 @@ def _lines(units: list[_Unit], weight: np.ndarray) -> Iterator[go.Scatter]:
 
 def _markers(units: list[_Unit], weight: np.ndarray, by_effect: bool, labels: bool) -> Iterator[go.Scatter]:
     effects = np.array([unit.effect for unit in units])
-    for name, label, colour in _KINDS:
-        some = [i for i, unit in enumerate(units) if unit.key.granularity == name]
+    for (name, label, colour), measured in product(_KINDS, (True, False)):
+        some = [i for i, unit in enumerate(units) if unit.key.granularity == name and (measured or by_effect)
+                and (unit.effect == unit.effect or not by_effect) == measured]
         if not some:
             continue
         marker = {"size": 7 + 11 * np.sqrt(weight[some]), "symbol": "square" if name == "mlp" else "circle", "opacity": 1.0}
-        marker |= {"color": effects[some], "coloraxis": "coloraxis"} if by_effect else {"color": colour}
+        if measured:
+            marker |= {"color": effects[some], "coloraxis": "coloraxis"} if by_effect else {"color": colour}
+        else:
+            marker, label = marker | {"color": _SPINE}, f"{label}, effect not measured"
         yield go.Scatter(
             x=[units[i].x for i in some], y=[_height(units[i]) for i in some], mode="markers+text" if labels else "markers", marker=marker,
             name=label, text=[".".join(map(str, (units[i].key.layer, *units[i].index))) for i in some], textfont={"size": 9},

@@ -15,11 +15,11 @@ from plotly.subplots import make_subplots
 
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.nodes import GateKey, node_name
-from tl_nodeprune.pruning import PruneResult
 from tl_nodeprune.viz.values import (
     DIVERGING,
     NEURONS,
     TITLES,
+    HasCircuit,
     Values,
     check_values,
     circuit_of,
@@ -35,7 +35,7 @@ from tl_nodeprune.viz.values import (
 PRUNED = "rgba(128,128,128,0.15)"  # on a light and on a dark background
 
 
-def mask_map(circuit: Circuit | PruneResult, *, scores: Values | None = None, effects: Values | None = None, task: str = "") -> go.Figure:
+def mask_map(circuit: HasCircuit, *, scores: Values | None = None, effects: Values | None = None, task: str = "") -> go.Figure:
     """What is live, layer by layer: a heatmap of heads (share of each head's dims), and one of the live share of every granularity:
     blocks are there or not, of heads and neurons it is the share of the layer's.
 
@@ -66,7 +66,7 @@ def mask_map(circuit: Circuit | PruneResult, *, scores: Values | None = None, ef
                              height=height(len(layers)), margin={"t": 90}, title=heading("Live nodes", circuit, task))
 
 
-def neuron_map(circuit: Circuit | PruneResult, granularity: str | None = None, *, scores: Values | None = None,
+def neuron_map(circuit: HasCircuit, granularity: str | None = None, *, scores: Values | None = None,
                effects: Values | None = None, task: str = "") -> go.Figure:
     """Every live neuron as a tick at its index, layer by layer (zoom in to tell them apart), beside the live share of each layer.
     Colour: the effect where effects are given, else the score where scores are.
@@ -98,7 +98,7 @@ def neuron_map(circuit: Circuit | PruneResult, granularity: str | None = None, *
     return fig.update_layout(height=height(len(layers)), showlegend=False, margin={"t": 70}, title=heading(what, circuit, task))
 
 
-def _checked(circuit: Circuit | PruneResult, scores: Values | None, effects: Values | None) -> Circuit:
+def _checked(circuit: HasCircuit, scores: Values | None, effects: Values | None) -> Circuit:
     circuit = circuit_of(circuit)
     check_values(circuit, scores, "scores")
     check_values(circuit, effects, "effects")

@@ -10,22 +10,23 @@ from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import evaluate
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.pruning import PruneResult
+from tl_nodeprune.reporting import Report
 from tl_nodeprune.viz.curves import agreement, history
 from tl_nodeprune.viz.graph import circuit_graph
 from tl_nodeprune.viz.maps import mask_map, neuron_map
 from tl_nodeprune.viz.page import Item
 from tl_nodeprune.viz.tokens import kept_heads, kept_neurons, token_effects
-from tl_nodeprune.viz.values import NEURONS, Values, check_values, circuit_of, node_table
+from tl_nodeprune.viz.values import NEURONS, HasCircuit, Values, check_values, circuit_of, node_table
 
 _MOST_ROWS = 50_000
 
 
-def overview(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *, task: str = "", scores: Values | None = None,
+def overview(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, task: str = "", scores: Values | None = None,
              effects: Values | None = None) -> list[Item]:
     """Summary, figures, token views and the table of kept nodes of a circuit, for `save_html(path, *overview(...))`.
 
     prompts: judged on (`evaluate`); the first of them is shown token by token. A PruneResult adds the search's history, and its
-    scores where none are given.
+    scores where none are given; a Report its verdicts.
     Raises: TypeError for what is no circuit or no PromptPairs; ValueError where something does not fit the model or the circuit;
     RuntimeError where a circuit is applied.
     """
@@ -40,6 +41,8 @@ def overview(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *
                          "Live nodes by layer:", circuit.summary(), mask_map(circuit, **of)]
     if isinstance(found, PruneResult) and found.history:
         items.append(history(found, task=task))
+    if isinstance(found, Report):
+        items.append(str(found))
     if not circuit.size:
         return [*items, "The circuit is empty: no node is live, and there is nothing more to show."]
     items.append(circuit_graph(circuit, **of))
@@ -70,6 +73,6 @@ def _summary(circuit: Circuit, task: str) -> str:
 def _nodes(circuit: Circuit, scores: Values | None, effects: Values | None) -> list[Item]:
     table = node_table(circuit, scores=scores, effects=effects)
     cut = f", the first {_MOST_ROWS:,} here, coarse to fine" if len(table) > _MOST_ROWS else ""
-    text = f"Kept nodes: {len(table):,}{cut}. Type to filter, click on a column to sort."
+    text = f"Kept nodes: {len(table):,}{cut}. A click on a column sorts."
     head: pd.DataFrame = table.head(_MOST_ROWS)
     return [text, head]

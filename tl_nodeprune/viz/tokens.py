@@ -19,15 +19,15 @@ from tl_nodeprune.hooks import capture, mask_hooks, temporary_hooks
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.probe import check_ready
 from tl_nodeprune.prompts import PromptPairs
-from tl_nodeprune.pruning import PruneResult
 from tl_nodeprune.viz.page import CAPTION, parts_of
-from tl_nodeprune.viz.values import circuit_of
+from tl_nodeprune.viz.values import HasCircuit, circuit_of
 
 Neuron = tuple[int, int]  # layer, index
 
 
-def kept_neurons(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *, prompt: int = 0, most: int = 50) -> RenderedHTML:
-    """Activations of the live MLP neurons, each labelled layer.neuron, on a clean prompt and, below it, on its corrupted one.
+def kept_neurons(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, prompt: int = 0, most: int = 50) -> RenderedHTML:
+    """The full model's activations of the MLP neurons that the circuit keeps, each labelled layer.neuron, on a clean prompt and, below
+    it, on its corrupted one.
 
     prompt: which of the prompts. most: neurons shown at most, those of the largest absolute activation on either prompt, over all
     layers; the caption says what is left out.
@@ -37,7 +37,7 @@ def kept_neurons(model: Any, circuit: Circuit | PruneResult, prompts: PromptPair
     return _strongest_neurons(model, circuit, prompts, prompt, most, live=True)
 
 
-def pruned_neurons(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *, prompt: int = 0, most: int = 50) -> RenderedHTML:
+def pruned_neurons(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, prompt: int = 0, most: int = 50) -> RenderedHTML:
     """Activations of the MLP neurons that were cut, as `kept_neurons` shows those that were kept.
 
     Raises: ValueError where the circuit gates no MLP neuron, or cuts none; and as `kept_neurons`.
@@ -45,7 +45,7 @@ def pruned_neurons(model: Any, circuit: Circuit | PruneResult, prompts: PromptPa
     return _strongest_neurons(model, circuit, prompts, prompt, most, live=False)
 
 
-def _strongest_neurons(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, prompt: int, most: int, *, live: bool
+def _strongest_neurons(model: Any, circuit: HasCircuit, prompts: PromptPairs, prompt: int, most: int, *, live: bool
                        ) -> RenderedHTML:
     circuit, one = _checked(model, circuit, prompts, prompt, most=most)
     kind = "live" if live else "pruned"
@@ -62,7 +62,7 @@ def _strongest_neurons(model: Any, circuit: Circuit | PruneResult, prompts: Prom
     return _neuron_view(model, one, seen, picked, f"The {len(picked):,} strongest of {len(nodes):,} {kind} MLP neurons{rest}")
 
 
-def kept_heads(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *, prompt: int = 0, most: int = 40) -> RenderedHTML:
+def kept_heads(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, prompt: int = 0, most: int = 40) -> RenderedHTML:
     """Attention patterns of the full model's heads that the circuit keeps, on a clean prompt; each is named layer.head (gate), the
     gate being the share of its dims that is live.
 
@@ -89,7 +89,7 @@ def kept_heads(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs,
                       f"Prompt: {_text(model, one.clean[0][real])}", view)
 
 
-def token_effects(model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, *, prompt: int = 0,
+def token_effects(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, prompt: int = 0,
                   batch_size: int = 64) -> RenderedHTML:
     """What the circuit's work at each token is worth: how much logit difference is lost when its nodes are ablated at that position.
 
@@ -156,11 +156,18 @@ def _real(one: PromptPairs) -> Tensor:
 
 
 def _text(model: Any, ids: Tensor) -> str:
-    return str(model.tokenizer.decode(ids))
+    return str(model.tokenizer.decode(ids)) if _reads(model) else " ".join(map(str, ids.tolist()))
+
+
+def _reads(model: Any) -> bool:
+    return getattr(model, "tokenizer", None) is not None
 
 
 def _tokens(model: Any, ids: Tensor) -> list[str]:
-    """The text of each token, with the space before it also where the tokenizer adds spaces only between tokens."""
+    """The text of each token, with the space before it also where the tokenizer adds spaces only between tokens; the ids where the model
+    has no tokenizer."""
+    if not _reads(model):
+        return [f" {token}" for token in ids.tolist()]
     alone = list(model.to_str_tokens(ids))
     texts = [_text(model, ids[:i]) for i in range(len(ids) + 1)]
     spaced = [text[len(before):] for before, text in zip(texts, texts[1:], strict=False)]
@@ -180,7 +187,7 @@ def _neuron_view(model: Any, one: PromptPairs, seen: list[dict[int, Tensor]], pi
     view = cv.activations.text_neuron_activations(
         tokens=tokens, activations=activations, first_dimension_name="Nodes", first_dimension_labels=["MLP neurons"],
         second_dimension_name="Layer.neuron", second_dimension_labels=[f"{layer}.{i}" for layer, i in picked])
-    return _captioned(f"{what}. Above: the clean prompt; below: the corrupted one.", view)
+    return _captioned(f"{what}, as they are in the full model. Above: the clean prompt; below: the corrupted one.", view)
 
 
 def _captioned(caption: str, view: RenderedHTML) -> RenderedHTML:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -17,8 +17,10 @@ from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.effects import Effects
 from tl_nodeprune.nodes import GateKey, spread
 from tl_nodeprune.pruning import PruneResult
+from tl_nodeprune.reporting import Report
 
 Values = Mapping[str, Tensor]
+HasCircuit: TypeAlias = Circuit | PruneResult | Report
 TITLES = {"layer": "layers", "attn": "attention blocks", "mlp": "MLP blocks", "head": "heads", "attn_neuron": "attention neurons",
           "mlp_neuron": "MLP neurons", "mlp_out": "MLP output dims"}
 NEURONS = ("mlp_neuron", "attn_neuron", "mlp_out")
@@ -26,10 +28,11 @@ DIVERGING = "Portland"  # visible at 0 on a light and on a dark background, unli
 
 
 def circuit_of(given: Any, name: str = "circuit") -> Circuit:
-    """A circuit, also from the result of a search. Raises TypeError for anything else."""
-    circuit = given.circuit if isinstance(given, PruneResult) else given
+    """A circuit, also from the result of a search or a report. Raises TypeError for anything else."""
+    circuit = given.circuit if isinstance(given, PruneResult | Report) else given
     if not isinstance(circuit, Circuit):
-        raise TypeError(f"{name} must be a Circuit or a PruneResult, got {type(given).__name__}; Circuit.load(path) reads a saved one.")
+        raise TypeError(f"{name} must be a Circuit, a PruneResult or a Report, got {type(given).__name__}; "
+                        "Circuit.load(path) reads a saved one.")
     return circuit
 
 
@@ -138,7 +141,7 @@ def hover(granularity: str, nodes: pd.DataFrame) -> dict[str, Any]:
     return {"customdata": nodes[[*index, *shown]].to_numpy(dtype=np.float32), "hovertemplate": f"{granularity} {name}{rest}<extra></extra>"}
 
 
-def node_table(circuit: Circuit | PruneResult, *, scores: Values | None = None, effects: Values | None = None,
+def node_table(circuit: HasCircuit, *, scores: Values | None = None, effects: Values | None = None,
                live: bool = True) -> pd.DataFrame:
     """A row per node, coarse to fine: node (as "head 9.6"), granularity, layer, index (within the layer), score and effect where given.
 
