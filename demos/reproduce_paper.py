@@ -5,7 +5,8 @@ package carries (the paper's numbers are GPT-2 small's). The paper's runs take 1
 Ours gets the paper's own KL as its budget, so what compares is the share of weights cut, and the KL on held-out prompts.
 
 What differs from the paper: prompts are those of `tlnp.tasks` that the full model answers right, a quarter of them held out, and accuracy
-and KL are on these; KL is over the whole vocabulary in greater-than too (there: the two-digit numbers).
+and KL are on these; KL is over the whole vocabulary in greater-than too (there: the two-digit numbers). The paper has 138 to
+148 seconds for greater-than at all lam; 143 stands for that.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def run(model: Any, task: str, lam: float, *, scale: float = 1.0, n: int | None 
             tlnp.remove_node_masks(model)
         found, circuit = tlnp.evaluate(model, result.circuit, test), result.circuit
         rows[name] = {"cut %": 100 * (1 - circuit.parameters / circuit.parameters_total), "accuracy": found.accuracy, "KL": found.kl,
-                      "seconds": result.seconds, "nodes": circuit.size, "of": circuit.size_total, "within budget": result.converged}
+                      "seconds": result.seconds, "nodes": circuit.size, "of": circuit.size_total}
+        if "max_kl" in search:
+            rows[name]["within budget"] = result.converged
     return pd.DataFrame(rows).T
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
-from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.circuit import Circuit, check_circuit
 from tl_nodeprune.effects import Effects
 from tl_nodeprune.nodes import GateKey, node_name, spread
 
@@ -100,8 +100,12 @@ def agreement(circuit: Circuit, scores: Effects | Mapping[str, Tensor], *, share
     share: 0 to 1; a node has an effect from this share of its granularity's largest |score| on, but never with less than a thousandth
         of the metric's difference between clean and corrupted (where the scores are Effects).
 
-    Raises: ValueError where nothing is in common, the shapes or layers are another model's, a score is NaN or inf, or share is not 0 to 1.
+    Raises: TypeError for what is no circuit or no mapping; ValueError where nothing is in common, the shapes or layers are another
+    model's, a score is NaN or inf, or share is not 0 to 1.
     """
+    check_circuit(circuit)
+    if not isinstance(scores, Mapping):
+        raise TypeError(f"scores must be Effects or a mapping from hook name to tensor, got {type(scores).__name__}.")
     if not 0 < share <= 1:
         raise ValueError(f"share={share}; it must be above 0 and at most 1 (1: only the largest score is an effect).")
     tables = _of_effects(circuit, scores) if isinstance(scores, Effects) else _of_mapping(circuit, scores)

@@ -21,7 +21,7 @@ from tl_nodeprune.masks import masks_off
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.objective import LossFn, check_finite, positions
 from tl_nodeprune.probe import can_slice, check_ready, device_of, find_nodes
-from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.prompts import PromptPairs, check_pairs
 
 __all__ = [
     "COARSE", "Agreement", "Effects", "GranularityAgreement", "NodeScore", "activation_patching", "agreement", "attribution_patching",
@@ -148,8 +148,7 @@ class _Task:
 
 def _task(model: Any, prompts: PromptPairs, granularities: Iterable[str] | None, direction: str, metric: LossFn, batch_size: int) -> _Task:
     """Everything checked, and both runs measured."""
-    if not isinstance(prompts, PromptPairs):
-        raise TypeError(f"prompts must be PromptPairs (clean and corrupted), got {type(prompts).__name__}; see PromptPairs.from_strings.")
+    check_pairs(prompts)
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; allowed: 'denoise' (clean activations into the corrupted run) and 'noise' "
                          "(corrupted activations into the clean run).")

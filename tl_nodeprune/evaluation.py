@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.ablation import batches
-from tl_nodeprune.circuit import Circuit, circuit_logits, full_logits
+from tl_nodeprune.checks import check_counts
+from tl_nodeprune.circuit import Circuit, check_circuit, circuit_logits, full_logits
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.objective import kl_divergence
 from tl_nodeprune.probe import check_ready
-from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.prompts import PromptPairs, check_pairs
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,12 @@ def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: 
     """Run the circuit, the full model and the fully ablated model on prompts, under the ablation the circuit was found under.
 
     Masks that are attached are left out for the while. Raises: ValueError where the circuit or the prompts do not fit the model, or
-    corrupted prompts are missing under interchange ablation; RuntimeError where a circuit is applied already or the model is in
-    training mode with dropout.
+    corrupted prompts are missing under interchange ablation; TypeError for what is no Circuit or PromptPairs; RuntimeError where a
+    circuit is applied already or the model is in training mode with dropout.
     """
+    check_circuit(circuit)
+    check_pairs(prompts)
+    check_counts(batch_size=batch_size)
     with masks_off(model):
         check_ready(model)
         circuit.check_fits(model)

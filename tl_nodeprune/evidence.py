@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,14 +16,14 @@ from scipy import stats
 
 from tl_nodeprune.ablation import ABLATIONS, Ablation
 from tl_nodeprune.checks import check_counts
-from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.circuit import Circuit, check_circuit
 from tl_nodeprune.constants import with_optimal_constants
 from tl_nodeprune.evaluation import evaluate
 from tl_nodeprune.hypotheses import HypothesisTest, equivalence, independence, minimality
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.preference import preference
 from tl_nodeprune.probe import check_ready
-from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.prompts import PromptPairs, check_pairs
 from tl_nodeprune.reporting import Report, Settings
 from tl_nodeprune.runs import Runs
 from tl_nodeprune.trial import Trial, UnitEffects
@@ -39,6 +40,7 @@ def report(
     size, other ablations, the tests of Shi et al. 2024 (see `hypotheses`), and redundancy. Masks that are attached are left out.
 
     held_out: prompts that the search has not seen; then these are judged on, and `prompts` (those of the search) evaluated beside them.
+        Of pairs with the same clean prompt the first is judged on: repeated ones would make every test and interval too sure.
     units: what is removed one at a time: "block" (heads, MLP blocks) or "node" (single leaf nodes), see `units_of`; of those kept at
         most `max_units` are tried, drawn at random above that.
     n_random: random circuits, and random units that kept ones are compared with. n_subsets: random subsets for completeness.
@@ -52,10 +54,16 @@ def report(
     with dropout; FloatingPointError for NaN or inf logits.
     """
     judged = prompts if held_out is None else held_out
-    _check_arguments(circuit, (prompts, judged), n_random=n_random, n_subsets=n_subsets, max_units=max_units, batch_size=batch_size)
+    check_circuit(circuit)
+    for name, given in (("prompts", prompts), ("held_out", judged)):
+        check_pairs(given, name)
+        given.check_corrupted(circuit.ablation.name)
+    check_counts(n_random=n_random, n_subsets=n_subsets, max_units=max_units, batch_size=batch_size)
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha}; it must lie between 0 and 1.")
-    every_unit = units_of(circuit.space, units)
+    every_unit, repeated = units_of(circuit.space, units), len(judged)
+    judged = judged.without_repeats()
+    repeated -= len(judged)
     with masks_off(model):
         _check_fits(model, circuit, (prompts, judged))
         runs = Runs(model, judged, circuit.space, circuit.ablation, batch_size=batch_size, progress=progress)
@@ -74,7 +82,7 @@ def report(
             intervals=_intervals(trial, seed), task_p=task.p_value, completeness=trial.completeness(n_subsets),
             null=trial.random_circuits(n_random), **tests, ablations=ablations, effects=_frame(effects, p_values),
             redundancies=tuple(found), stand_ins_sought=looked_for, pairs_among=paired,
-            notes=(*left_out, *_notes(model, circuit, prompts, held_out)),
+            notes=(*left_out, *_notes(model, circuit, prompts, judged, repeated, held_out is not None)),
         )
 
 
@@ -142,7 +150,8 @@ def _under_each_ablation(model: Any, circuit: Circuit, prompts: PromptPairs, jud
 
 
 def _intervals(trial: Trial, seed: int) -> dict[str, tuple[float, float]]:
-    """95 % intervals over prompts: percentile bootstrap, but Wilson's for shares, which a bootstrap gives no width at 0 and 1."""
+    """95 % intervals over prompts: bootstrap, bias-corrected and accelerated where that can be (it cannot where all values are the same),
+    but Wilson's for shares, which a bootstrap gives no width at 0 and 1."""
     one = trial.itself
     n = one.score.shape[1]
     if n < FEWEST_FOR_INTERVALS:
@@ -154,9 +163,15 @@ def _intervals(trial: Trial, seed: int) -> dict[str, tuple[float, float]]:
             return (c.mean(axis) - a.mean(axis)) / (f.mean(axis) - a.mean(axis))  # type: ignore[no-any-return]
 
     def bootstrap(statistic: Any, *data: NDArray[Any]) -> tuple[float, float]:
-        found = stats.bootstrap(data, statistic, paired=True, vectorized=True, method="percentile", n_resamples=2000, axis=-1,
-                                random_state=np.random.default_rng(seed)).confidence_interval
-        return float(found.low), float(found.high)
+        def interval(method: str) -> tuple[float, float]:
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
+                warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+                found = stats.bootstrap(data, statistic, paired=True, vectorized=True, method=method, n_resamples=2000, axis=-1,
+                                        random_state=np.random.default_rng(seed)).confidence_interval
+            return float(found.low), float(found.high)
+
+        corrected = interval("BCa")
+        return interval("percentile") if any(map(math.isnan, corrected)) else corrected
 
     def share(hits: torch.Tensor) -> tuple[float, float]:
         found = stats.binomtest(int(hits.sum()), n).proportion_ci(method="wilson")
@@ -167,16 +182,6 @@ def _intervals(trial: Trial, seed: int) -> dict[str, tuple[float, float]]:
             "faithfulness": bootstrap(faithfulness, circuit, full, ablated) if trial.share(0) == 0 else (math.nan, math.nan)}
 
 
-def _check_arguments(circuit: Circuit, given: tuple[PromptPairs, ...], **numbers: int) -> None:
-    if not isinstance(circuit, Circuit):
-        raise TypeError(f"circuit must be a Circuit, got {type(circuit).__name__}; `prune` gives one as `result.circuit`.")
-    for prompts in given:
-        if not isinstance(prompts, PromptPairs):
-            raise TypeError(f"prompts and held_out must be PromptPairs, got {type(prompts).__name__}; see PromptPairs.from_strings.")
-        prompts.check_corrupted(circuit.ablation.name)
-    check_counts(**numbers)
-
-
 def _check_fits(model: Any, circuit: Circuit, given: tuple[PromptPairs, ...]) -> None:
     check_ready(model)
     circuit.check_fits(model)
@@ -184,14 +189,18 @@ def _check_fits(model: Any, circuit: Circuit, given: tuple[PromptPairs, ...]) ->
         prompts.check_fits(model)
 
 
-def _notes(model: Any, circuit: Circuit, prompts: PromptPairs, held_out: PromptPairs | None) -> list[str]:
+def _notes(model: Any, circuit: Circuit, prompts: PromptPairs, judged: PromptPairs, repeated: int, held_out: bool) -> list[str]:
     notes, name = [], str(getattr(model.cfg, "model_name", ""))
     if name != circuit.space.model_name:
         notes.append(f"The circuit was found on a model called {circuit.space.model_name!r}, this one is called {name!r}.")
-    if held_out is None:
+    if repeated:
+        notes.append(f"{repeated} pairs are left out, since the clean prompt of each is there in another pair already.")
+    if same := judged.n_same if circuit.ablation.name == "interchange" else 0:
+        notes.append(f"{same} of the {len(judged)} corrupted prompts are the same as the clean ones, so that nothing is ablated there.")
+    if not held_out:
         notes.append("No held-out prompts were given: if the circuit was searched on these, all that is good here is too good.")
     else:
         seen = {tuple(row) for row in prompts.clean.tolist()}
-        if again := sum(tuple(row) in seen for row in held_out.clean.tolist()):
-            notes.append(f"{again} of the {len(held_out)} held-out prompts are among those of the search as well.")
+        if again := sum(tuple(row) in seen for row in judged.clean.tolist()):
+            notes.append(f"{again} of the {len(judged)} held-out prompts are among those of the search as well.")
     return notes

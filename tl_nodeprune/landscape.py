@@ -102,6 +102,8 @@ class Landscape:
             check_finite(logits, "the circuit" if step is None else f"the circuit at step {step}")
             wanted = loss = self.budget.loss(logits, full, prompts)
             _check_loss(loss, len(chunk), step)
+            if flat.requires_grad and not loss.requires_grad:
+                raise ValueError("the loss has no gradient (a count or an argmax?); a search needs a differentiable one.")
             if self.budget.loss is kl_divergence:
                 hinge = choice_hinge(logits, full, prompts)
                 wanted = loss + HINGE_WEIGHT * hinge

@@ -10,14 +10,15 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.ablation import Ablation, as_ablation
+from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.effects import Effects
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.mib_format import read, write
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.probe import check_ready, find_nodes
-from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.prompts import PromptPairs, check_pairs
 from tl_nodeprune.ranking import SIZES, NodeScores, check_sizes
 from tl_nodeprune.runs import Runs
 
@@ -78,22 +79,26 @@ def area(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def evaluate(model: Any, scores: NodeScores | Effects | Mapping[str, Tensor], prompts: PromptPairs, *, sizes: Sequence[float] = SIZES,
-             ablation: Ablation | None = None, batch_size: int = 64, progress: bool = False) -> FaithfulnessCurve:
+             ablation: str | Ablation | None = None, batch_size: int = 64, progress: bool = False) -> FaithfulnessCurve:
     """Run the best nodes by their scores at each of the board's sizes; see `FaithfulnessCurve`.
 
     scores: of `rank`, or effects of `crosscheck` (what helps ranks first), or any mapping hook name -> scores [head d_head] or [head] for
         hook_z, [d_mlp], [d_model], []: what no key names is kept at every size. Higher is better; of equal scores the first come first.
-    ablation: None: the scores' own, "interchange" for other mappings. sizes: shares of the nodes, ascending, the last one 1.
+    ablation: None: the scores' own, "interchange" for other mappings; one that is not fitted is fitted on these prompts. sizes: shares of
+        the nodes, ascending, the last one 1.
 
-    Raises: ValueError for scores that are not of this model's nodes or not finite, prompts that do not fit it, sizes, and a metric that is
-    the same with every node ablated; RuntimeError where a circuit is applied or the model is in training mode with dropout.
+    Raises: ValueError for scores that are not of this model's nodes or not finite, scores of a block beside those of what is in it, prompts
+    that do not fit it, sizes, and a metric that is the same with every node ablated; TypeError for what is no mapping or no PromptPairs;
+    RuntimeError where a circuit is applied or the model is in training mode with dropout.
     """
     check_sizes(sizes)
+    check_counts(batch_size=batch_size)
+    check_pairs(prompts)
     with masks_off(model):
         check_ready(model)
         found = as_scores(model, scores)
         prompts.check_fits(model)
-        used = (ablation or found.ablation).fit(model, prompts, found.space.hooks, batch_size=batch_size)
+        used = (found.ablation if ablation is None else as_ablation(ablation)).fit(model, prompts, found.space.hooks, batch_size=batch_size)
         runs = Runs(model, prompts, found.space, used, batch_size=batch_size, progress=progress)
         circuits = [Circuit.empty(found.space), *(found.top(float(size)) for size in sizes)]
         means = runs(circuits, total=len(circuits), desc="sizes").score.mean(1).tolist()
@@ -107,6 +112,8 @@ def evaluate(model: Any, scores: NodeScores | Effects | Mapping[str, Tensor], pr
 
 def as_scores(model: Any, scores: NodeScores | Effects | Mapping[str, Tensor]) -> NodeScores:
     """Any mapping hook name -> scores as NodeScores of this model. Raises ValueError where it does not have these nodes."""
+    if not isinstance(scores, NodeScores | Mapping):
+        raise TypeError(f"scores must be NodeScores, Effects or a mapping from hook name to scores, got {type(scores).__name__}.")
     if isinstance(scores, Effects):
         scores = NodeScores.from_effects(scores)
     have = find_nodes(model)
@@ -114,7 +121,11 @@ def as_scores(model: Any, scores: NodeScores | Effects | Mapping[str, Tensor]) -
         gates = {_key_of(hook, tensor, have.present): tensor for hook, tensor in scores.items()}
         if not gates:
             raise ValueError("scores is empty; give a mapping of hook names to scores, as `rank` returns it.")
-        return NodeScores(gates, replace(have, shapes={key: shape for key, shape in have.present.items() if key in gates}))
+        space = replace(have, shapes={key: shape for key, shape in have.present.items() if key in gates})
+        if double := [key for key in gates if space.covered(key)]:
+            below = " and ".join(child.hook for child in space.children(double[0]))
+            raise ValueError(f"scores has {double[0].hook!r} and what is in it, {below}: a node is ranked once. Leave one of them out.")
+        return NodeScores(gates, space)
     for key, shape in scores.space.shapes.items():
         if have.present.get(key) != shape:
             raise ValueError(f"these scores are of another model ({scores.space.model_name or 'unnamed'}): they are for {key.hook} with "

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ def write(model: Any, scores: NodeScores, path: str | Path, *, level: str = "nod
     level: "node", or "neuron" with a score for each dim that a node writes as well. size: "in_graph" and "neurons" are true for the best
     nodes, a share as a float, a count as an int; 1.0: for all, the scores decide.
 
-    Raises: ValueError for another level or size, scores of another model, or of whole attention blocks or layers, which the board lacks;
-    OSError where the file cannot be written.
+    Raises: TypeError for what is no NodeScores; ValueError for another level or size, scores of another model, or of whole attention blocks
+    or layers, which the board lacks; OSError where the file cannot be written.
     """
+    if not isinstance(scores, NodeScores):
+        raise TypeError(f"scores must be NodeScores, got {type(scores).__name__}; of effects they are NodeScores.from_effects(effects).")
     if level not in LEVELS:
         raise ValueError(f"level={level!r}; allowed: {', '.join(map(repr, LEVELS))}.")
     space = find_nodes(model)
@@ -67,7 +70,8 @@ def write(model: Any, scores: NodeScores, path: str | Path, *, level: str = "nod
 
 
 def read(model: Any, path: str | Path) -> NodeScores:
-    """Scores from such a file: of ("head", "mlp"), or where it has neuron scores of ("head", "mlp_out").
+    """Scores from such a file: of ("head", "mlp"), or where it has neuron scores of ("head", "mlp_out"). A warning says where those of a
+    head's dims are left out.
 
     Raises: FileNotFoundError; ValueError for a file that is damaged, of another model, or lacks a node of this one.
     """
@@ -79,14 +83,18 @@ def read(model: Any, path: str | Path) -> NodeScores:
             raise ValueError(f"it is of another model, {cfg}; this one is {_cfg(model, space)}")
         fine = all("neuron_scores" in nodes[name] for name, _, head in _names(space) if head is None)
         some = space.restrict([name for name in ("head", "mlp_out" if fine else "mlp") if name in space.granularities])
-        found = {key: torch.zeros(shape) for key, shape in some.shapes.items()}
+        found, lost = {key: torch.zeros(shape) for key, shape in some.shapes.items()}, 0
         for name, layer, head in _names(space):
             if head is not None:
-                found[GateKey("head", layer)][head] = float(nodes[name]["score"])
+                found[GateKey("head", layer)][head] = score = float(nodes[name]["score"])
+                lost += any(dim != score for dim in nodes[name].get("neuron_scores", ()))
             elif fine:
                 found[GateKey("mlp_out", layer)] = torch.tensor(nodes[name]["neuron_scores"], dtype=torch.float32)
             else:
                 found[GateKey("mlp", layer)].fill_(float(nodes[name]["score"]))
+        if lost:
+            warnings.warn(f"{path}: {lost} heads have scores of their own for the dims that they write, which have no place here; "
+                          "each head comes whole, with its own score.", stacklevel=2)
         return NodeScores(found, some)
     except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no file of node scores for this model: {type(error).__name__}: {error}.") from error

@@ -32,18 +32,24 @@ class Preference:
 
     @property
     def p_value(self) -> float:
-        """One-sided Wilcoxon signed-rank test over the pairs: does the model prefer the answer more on clean than on corrupted
-        prompts? Where it does not, there is no task, and no circuit to claim. 1 where it makes no difference anywhere; NaN where there are
-        no corrupted prompts (they are the clean ones) to compare with."""
+        """One-sided Wilcoxon signed-rank test over the different clean prompts (the mean of pairs with the same one): does the model prefer
+        the answer more on clean than on corrupted prompts? Where it does not, there is no task, and no circuit to claim. 1 where it makes
+        no difference anywhere; NaN where there are no corrupted prompts (they are the clean ones) to compare with."""
         if not self.prompts.has_corrupted:
             return float("nan")
-        gains = (self.clean + self.corrupted).double().cpu().numpy()
-        return float(stats.wilcoxon(gains, alternative="greater").pvalue) if (gains != 0).any() else 1.0
+        which, gains = self.prompts.distinct(), (self.clean + self.corrupted).double().cpu()
+        means = (torch.zeros(self.n_different, dtype=torch.double).index_add_(0, which, gains) / which.bincount()).numpy()
+        return float(stats.wilcoxon(means, alternative="greater").pvalue) if (means != 0).any() else 1.0
+
+    @property
+    def n_different(self) -> int:
+        """How many different clean prompts there are."""
+        return int(self.prompts.distinct().max()) + 1
 
     @property
     def no_task(self) -> bool:
         """Whether the pairs are enough to tell, and show no task."""
-        return len(self.prompts) >= FEWEST and self.p_value > SIGNIFICANT
+        return self.n_different >= FEWEST and self.p_value > SIGNIFICANT
 
     def sample(self) -> Sample:
         """The prompts to search on: those GIVEN, and TURNED ones where the model prefers the wrong answer on the corrupted prompt, if

@@ -144,6 +144,11 @@ class PromptPairs:
         number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
         return torch.tensor([number[row] for row in rows])
 
+    def without_repeats(self) -> PromptPairs:
+        """The first pair of each different clean prompt."""
+        which = self.distinct().tolist()
+        return self[[which.index(i) for i in range(max(which) + 1)]]
+
     @property
     def reach(self) -> int:
         """Positions up to the last one that is no padding in some prompt."""
@@ -151,9 +156,14 @@ class PromptPairs:
         return int(self.attention_mask.any(0).nonzero().max()) + 1
 
     @property
+    def n_same(self) -> int:
+        """How many corrupted prompts are the same as their clean ones."""
+        return int((self.clean == self.corrupted).all(1).sum())
+
+    @property
     def has_corrupted(self) -> bool:
         """Whether any corrupted prompt is not the clean one."""
-        return not torch.equal(self.clean, self.corrupted)
+        return self.n_same < len(self)
 
     def check_corrupted(self, ablation: str) -> None:
         """Raises ValueError where the ablation is "interchange" and there are no corrupted prompts."""
@@ -189,6 +199,12 @@ class PromptPairs:
                                  "were the prompts made with another tokenizer?")
         if self.clean.shape[1] > (n_ctx := int(getattr(model.cfg, "n_ctx", 0) or 1 << 30)):
             raise ValueError(f"prompts have {self.clean.shape[1]} tokens, but the model's context is {n_ctx}.")
+
+
+def check_pairs(given: object, name: str = "prompts") -> None:
+    """Raises TypeError for what is no PromptPairs."""
+    if not isinstance(given, PromptPairs):
+        raise TypeError(f"{name} must be PromptPairs, got {type(given).__name__}; see PromptPairs.from_strings.")
 
 
 def _logits(model: Any, prompts: PromptPairs) -> Tensor:

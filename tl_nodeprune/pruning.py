@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from tl_nodeprune.ablation import batches
 from tl_nodeprune.budget import Budget, Snapshot, budget_of
 from tl_nodeprune.checks import check_counts
-from tl_nodeprune.circuit import Circuit, circuit_logits, full_logits
+from tl_nodeprune.circuit import Circuit, check_circuit, circuit_logits, full_logits
 from tl_nodeprune.landscape import Landscape, Record
 from tl_nodeprune.masks import NodeMasks, masks_off
 from tl_nodeprune.nodes import GateKey
@@ -176,8 +176,8 @@ def _restored_on_error(masks: NodeMasks) -> Iterator[None]:
 
 def _ready(masks: NodeMasks, prompts: PromptPairs, start: Circuit | None) -> Any:
     model = searchable(masks, prompts)
-    if start is not None and not isinstance(start, Circuit):
-        raise TypeError(f"start must be a Circuit, got {type(start).__name__}; of a result it is `result.circuit`.")
+    if start is not None:
+        check_circuit(start, "start")
     if start is not None and start.space.shapes != masks.space.shapes:
         raise ValueError(f"start is a circuit over other nodes, {', '.join(start.space.granularities)} in layers {start.space.layers}, "
                          f"than these masks ({', '.join(masks.space.granularities)} in layers {masks.space.layers}).")

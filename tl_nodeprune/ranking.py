@@ -140,7 +140,8 @@ def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence
         see `mib.distance` (CMD) and `mib.shortfall` (CPR).
     sizes: shares of the nodes, ascending, the last 1. anchor: share. steps: per size, at most. All else as in `prune`.
 
-    Raises: ValueError for sizes that are not so, or "optimal" ablation, whose constants differ from size to size; and what `prune` raises.
+    Raises: ValueError for sizes that are not so, a loss that is the same with every node ablated, or "optimal" ablation, whose constants
+    differ from size to size; and what `prune` raises.
     """
     _check(masks, sizes, anchor, steps=steps, batch_size=batch_size, step_prompts=step_prompts)
     searchable(masks, prompts)
@@ -148,6 +149,7 @@ def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence
     first = min(counts, key=lambda count: abs(math.log(count / (anchor * masks.space.free_total()))))
     with masks.inactive(), tqdm(total=len(counts), desc="rank", disable=not progress) as bar:
         landscape = survey(masks, prompts, LowestLoss(loss), batch_size=batch_size, cache_bytes=cache_bytes).landscape
+        _check_varies(landscape)
         climb = _Climb(landscape, bar, steps=steps, step_prompts=step_prompts, generator=torch.Generator().manual_seed(seed))
         climb.run(first, counts)
     return NodeScores.from_flat(_ranks(-climb.place), masks.space, landscape.reference.ablation)
@@ -161,6 +163,15 @@ def _check(masks: NodeMasks, sizes: Sequence[float], anchor: float, **counts: in
     if masks.asked_ablation.name == "optimal":
         raise ValueError('"optimal" ablation learns constants that differ from size to size, so there is no one ranking under it; '
                          'attach the masks with "interchange", "mean" or "zero".')
+
+
+def _check_varies(landscape: Landscape) -> None:
+    """Raises ValueError where ablating every node leaves the loss as it is."""
+    rows, device = torch.arange(len(landscape.groups)), landscape.reference.full.device
+    full, ablated = (landscape.measure(torch.full((landscape.n,), value, device=device), rows).loss for value in (1.0, 0.0))
+    if abs(full - ablated) <= 1e-6 * max(abs(full), abs(ablated)):
+        raise ValueError(f"the loss is constant: {full:.4g} for the full model and {ablated:.4g} with every node ablated, so no node is "
+                         "better than another. Are these the right corrupted prompts?")
 
 
 def check_sizes(sizes: Sequence[float]) -> None:

@@ -18,9 +18,9 @@ PAIRS_AMONG = 16  # kept units between which pairs are tried, at most, those of 
 
 @dataclass(frozen=True)
 class Redundancy:
-    """unit: a kept one. others: what can stand in for it, together. rise: nats, KL of the circuit without any of them less KL of the
-    circuit. recovered: the share of that which having one of the two sides alone brings back. kept: whether `others` are in the circuit
-    too, so that either may go, not both."""
+    """unit: a kept one. others: what can stand in for it: together, or where they are kept too, each by itself. rise: nats, KL of the
+    circuit without any of them less KL of the circuit. recovered: the share of that which having one of them (of a stand-in: all of it)
+    brings back. kept: whether `others` are in the circuit too, so that any may go, not all."""
 
     unit: Unit
     others: tuple[Unit, ...]
@@ -30,6 +30,10 @@ class Redundancy:
 
     def __str__(self) -> str:
         others = " with ".join(map(str, self.others))
+        if self.kept and len(self.others) > 1:
+            names = ", ".join(map(str, (self.unit, *self.others)))
+            return (f"any one of {names} suffices, all are kept: without all of them the circuit's KL rises by {self.rise:.3g} nats, with "
+                    f"one of them left by {(1 - self.recovered) * self.rise:.2g} at most")
         if self.kept:
             return (f"either {self.unit} or {others} suffices, both are kept: without both the circuit's KL rises by {self.rise:.3g} nats, "
                     f"without one of them by {(1 - self.recovered) * self.rise:.2g} at most")
@@ -76,6 +80,32 @@ def kept_pairs(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, f
     found = [Redundancy(one, (other,), 1 - max(rises[one], rises[other], 0) / max(rise, 1e-12), True, rise)
              for (one, other), rise in joint.items() if rise >= least]
     return [item for item in found if item.recovered >= RECOVERED]
+
+
+def kept_groups(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, float], least: float) -> list[Redundancy]:
+    """Three or more kept units of which any one suffices: all of them out adds `least` nats or more to the KL, and with any one of them
+    back next to nothing of that. Found by taking units out one after the other, those of smallest effect first, until the KL jumps."""
+    left, found = sorted(rises, key=lambda unit: rises[unit]), []
+
+    def joint(groups: Sequence[Sequence[Unit]]) -> list[float]:
+        kl = runs((closed(circuit, group) for group in groups), total=len(groups), desc="groups").kl.double().mean(1)
+        return (kl - base).tolist()
+
+    while len(left) > 2:
+        costs = [0.0, *joint([left[:i] for i in range(1, len(left) + 1)])]
+        jump = next((i for i in range(3, len(costs)) if costs[i] >= least and costs[i - 1] <= (1 - RECOVERED) * costs[i]), None)
+        if jump is None:
+            break
+        group = left[:jump]
+        for unit in left[:jump - 1]:  # those without which all the others still do the harm have no part in it
+            fewer = [other for other in group if other != unit]
+            if len(fewer) > 2 and joint([fewer])[0] >= RECOVERED * costs[jump]:
+                group = fewer
+        rise, *without = joint([group, *([other for other in group if other != unit] for unit in group)])
+        if rise >= least and max(without) <= (1 - RECOVERED) * rise:
+            found.append(Redundancy(group[0], tuple(group[1:]), 1 - max(*without, 0.0) / rise, True, rise))
+        left = [unit for unit in left if unit not in group]
+    return found
 
 
 def _first_few(shares: dict[tuple[Unit, tuple[Unit, ...]], float]) -> dict[tuple[Unit, tuple[Unit, ...]], float]:

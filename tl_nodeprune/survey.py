@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 from tl_nodeprune.budget import Budget
@@ -11,14 +12,13 @@ from tl_nodeprune.masks import NodeMasks
 from tl_nodeprune.objective import Reference, kl_divergence
 from tl_nodeprune.preference import Preference, Sample, preference
 from tl_nodeprune.probe import check_ready
-from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.prompts import PromptPairs, check_pairs
 
 
 def searchable(masks: NodeMasks, prompts: PromptPairs) -> Any:
     """The model of masks that a search can use. Raises what `prune` says it raises for masks and prompts."""
     model = masks.model
-    if not isinstance(prompts, PromptPairs):
-        raise TypeError(f"prompts must be PromptPairs, got {type(prompts).__name__}; see PromptPairs.from_strings.")
+    check_pairs(prompts)
     attachment = find_attachment(model)
     if attachment is None or attachment.owner is not masks:
         raise RuntimeError("a circuit is applied to this model; leave its `with` block before pruning.")
@@ -27,6 +27,9 @@ def searchable(masks: NodeMasks, prompts: PromptPairs) -> Any:
     check_ready(model)
     prompts.check_fits(model)
     prompts.check_corrupted(masks.asked_ablation.name)
+    if prompts.n_same and masks.asked_ablation.name == "interchange":
+        warnings.warn(f"{prompts.n_same} of the {len(prompts)} corrupted prompts are the same as the clean ones: nothing is ablated there, "
+                      "and any circuit is right on them.", stacklevel=4)
     return model
 
 

@@ -22,7 +22,7 @@ from tl_nodeprune.evaluation import Evaluation, evaluate
 from tl_nodeprune.masks import add_node_masks
 from tl_nodeprune.parallel import in_tasks, is_loader
 from tl_nodeprune.probe import device_of
-from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.prompts import PromptPairs, check_pairs
 from tl_nodeprune.pruning import PruneResult, prune
 
 
@@ -162,8 +162,7 @@ def sweep(
 
 def _works(prompts: PromptPairs, budgets: tuple[float, ...], seeds: tuple[int, ...], share: float,
            granularities: Iterable[str] | None, ablation: Ablation, search: dict[str, Any]) -> list[_Work]:
-    if not isinstance(prompts, PromptPairs):
-        raise TypeError(f"prompts must be PromptPairs, got {type(prompts).__name__}; see PromptPairs.from_strings.")
+    check_pairs(prompts)
     names = (granularities,) if isinstance(granularities, str) else None if granularities is None else tuple(granularities)
     return [_Work(seed, budgets, *prompts.split(share, seed), names, ablation, search) for seed in seeds]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import Metrics
-from tl_nodeprune.redundancy import MATTERS, PAIRS_AMONG, RECOVERED, Redundancy, kept_pairs, stand_ins
+from tl_nodeprune.redundancy import MATTERS, PAIRS_AMONG, RECOVERED, Redundancy, kept_groups, kept_pairs, stand_ins
 from tl_nodeprune.runs import Runs, Scores
 from tl_nodeprune.units import SizeMatched, Unit, closed, opened
 
@@ -74,7 +74,8 @@ class Trial:
         self.spare = [unit for unit in units if not unit.whole(circuit)]
         empty = Circuit.empty(circuit.space, circuit.ablation)
         self.full = runs.full
-        self.itself, self.ablated, self.complement = runs([circuit, empty, ~circuit], total=3).split(1, 1, 1)
+        without = closed(Circuit.full(circuit.space, circuit.ablation), self.kept, only=circuit)
+        self.itself, self.ablated, self.complement = runs([circuit, empty, without], total=3).split(1, 1, 1)
         self.span = float(self.full.score.mean() - self.ablated.score.mean())
         if self.ablated.kl.mean() <= NOTHING and float((self.full.score - self.ablated.score).abs().max()) <= runs.resolution:
             raise ValueError(f"the metric is constant: with every node of this circuit ablated ({circuit.ablation.name}) the model "
@@ -130,7 +131,10 @@ class Trial:
         needed = {unit: rise for unit, rise in rises.items() if rise >= least}
         slight = sorted((unit for unit in rises if rises[unit] <= most), key=lambda unit: rises[unit])[:PAIRS_AMONG]
         found = stand_ins(self.runs, self.circuit, self.kl, needed, self.units)
-        found += kept_pairs(self.runs, self.circuit, self.kl, {unit: rises[unit] for unit in slight}, least)
+        pairs = kept_pairs(self.runs, self.circuit, self.kl, {unit: rises[unit] for unit in slight}, least)
+        paired = {unit for pair in pairs for unit in (pair.unit, *pair.others)}
+        groups = kept_groups(self.runs, self.circuit, self.kl, {unit: rises[unit] for unit in slight if unit not in paired}, least)
+        found += pairs + groups
         return found, len(needed), len(slight)
 
     def share(self, logits: float) -> float:

@@ -109,6 +109,10 @@ def _redundancy(report: Report) -> Verdict:
         return Verdict("redundancy", False, f"{listed[0].upper()}{listed[1:]}. So the circuit is one of several that do the same.")
     if not report.stand_ins_sought and report.pairs_among < 2:
         return Verdict("redundancy", None, "Not looked for: no unit tried has an effect of its own, and there is no pair of them.")
+    if not report.stand_ins_sought:
+        return Verdict("redundancy", None, (
+            f"Cannot be told: no unit tried costs {MATTERS:.0%} of the ablated model's KL when it alone is removed, so others do its work, "
+            f"but among the {report.pairs_among} kept units of smallest effect no two or more were found of which any one suffices."))
     pairs = "" if report.pairs_among < 2 else f" No two of the {report.pairs_among} kept units of smallest effect do each other's work."
     return Verdict("redundancy", True, (
         f"For none of the {report.stand_ins_sought} units that cost {MATTERS:.0%} or more of the ablated model's KL when removed was a "

@@ -260,22 +260,22 @@ def conjunction_prompts(n: int, seed: int) -> tlnp.PromptPairs:
     return in_noise(on, on - 1, 5 * ones, 4 * ones, range(6, 14), torch.Generator().manual_seed(seed))
 
 
-def redundant(seed: int = 0) -> Plant:
-    """Heads in layers 0 and 1 both copy the subject's two bits to the same dims, and one is enough; corrupted has a neutral subject."""
+def redundant(seed: int = 0, copies: int = 2) -> Plant:
+    """A head in each of the first layers copies the subject's two bits to the same dims, and one is enough; corrupted has a neutral
+    subject."""
     wiring = Wiring({"one": 1, "subject": 1, "bits": 2, "answer": 2}, vocab=18, seed=seed)
     wiring.embed(17, one=1)
     wiring.embed(8, subject=1)
     for token, word in enumerate(signs(2)):
         wiring.embed(token, subject=1, bits=word)
         wiring.unembed(4 + token, answer=5 * word)
-    pair = []
-    for layer in range(2):
+    heads = []
+    for layer in range(copies):
         head = int(wiring.pick(wiring.heads, 1))
         wiring.attend(layer, head, wiring.read("one"), wiring.read("subject"))
-        pair.append(copied_in_order(wiring, layer, head))
-    first, second = pair
-    mixtures = ({first[0], second[1]}, {second[0], first[1]})  # a bit from each head is as small
-    return Plant(wiring.model, partial(class_prompts, classes=4, neutral=8), tuple(map(frozenset, (first, second, *mixtures))))
+        heads.append(copied_in_order(wiring, layer, head))
+    answers = {frozenset((one[0], other[1])) for one in heads for other in heads}  # a bit from each of two heads is as small
+    return Plant(wiring.model, partial(class_prompts, classes=4, neutral=8), tuple(sorted(answers, key=sorted)))
 
 
 def copied_in_order(wiring: Wiring, layer: int, head: int) -> list[Node]:

@@ -132,6 +132,21 @@ def test_where_both_of_the_pair_are_kept_either_may_go(seed: int) -> None:
     assert "suffices, both are kept" in report.verdict("redundancy").sentence
 
 
+@pytest.mark.parametrize("granularities", [("head",), COARSE])
+def test_of_three_redundant_heads_any_one_suffices(granularities: Any) -> None:
+    """None of them matters alone, nor do two; that is no sign of a circuit without spare parts."""
+    wired = planted.redundant(0, copies=3)
+    space, prompts = wired.space(granularities), wired.prompts(24, 50)
+    heads = {leaf for truth in leaf_truths(wired, wired.space(("head",))) for leaf in truth}
+    assert len(heads) == 3
+    for circuit in (tlnp.Circuit.full(space), circuit_of(space, heads)):
+        report = tlnp.report(wired.model, circuit, prompts, **CHEAP)
+        (found,) = report.redundancies
+        assert found.kept and {str(unit) for unit in (found.unit, *found.others)} == {f"head {a}.{b}" for _, a, b in heads}
+        assert found.rise > 1 and found.recovered > 0.95
+        assert report.verdict("redundancy").passed is False and "Any one of head" in report.verdict("redundancy").sentence
+
+
 def test_a_pair_whose_halves_matter_a_little_is_named_too() -> None:
     """With weaker logits each of the two heads alone costs more than nothing, but far less than both."""
     wired, heads = plant("redundant"), redundant_heads(plant("redundant"))

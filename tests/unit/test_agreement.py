@@ -137,6 +137,10 @@ def test_what_cannot_be_compared_is_named(toy: Toy, other_model: Any) -> None:
         agreement(circuit, deeper)
     with pytest.raises(ValueError, match="the scores are for head, the circuit is over mlp: nothing to compare"):
         agreement(some_circuit(find_nodes(model).restrict(["mlp"])), effects)
+    with pytest.raises(TypeError, match="circuit must be a Circuit, got Effects"):
+        agreement(effects, circuit)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="scores must be Effects or a mapping from hook name to tensor, got Tensor"):
+        agreement(circuit, torch.zeros(3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the scores are for nothing"):
         agreement(circuit, {})
     with pytest.raises(ValueError, match="have no 'blocks.2.attn.hook_z', where the circuit has head nodes"):

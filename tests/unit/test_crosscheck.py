@@ -247,7 +247,7 @@ def test_bad_input_is_named(toy: Toy, method: Any) -> None:
                       ({"prompts": same}, "copies of the clean")):
         with pytest.raises(ValueError, match=text):
             method(model, **{"prompts": prompts, **bad})
-    with pytest.raises(TypeError, match="prompts must be PromptPairs .*got Tensor"):
+    with pytest.raises(TypeError, match="prompts must be PromptPairs, got Tensor"):
         method(model, prompts.clean)
     with pytest.raises(FloatingPointError, match="the metric holds a NaN or inf"):
         method(model, prompts, metric=lambda logits, full, prompts: logits[:, 0] * float("nan"))

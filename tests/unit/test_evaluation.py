@@ -53,6 +53,18 @@ def test_missing_corrupted_prompts_are_named(toy: Toy) -> None:
     assert tlnp.evaluate(model, tlnp.Circuit.empty(space, tlnp.Ablation("zero")), alone).kl > 0.1
 
 
+def test_wrong_arguments_are_named(toy: Toy) -> None:
+    model, prompts = toy
+    circuit = tlnp.Circuit.full(find_nodes(model).restrict(("mlp",)))
+    for wrong, text in (((circuit.masks, prompts), "circuit must be a Circuit, got dict"),
+                        ((prompts, circuit), "circuit must be a Circuit, got PromptPairs"),
+                        ((circuit, prompts.clean), "prompts must be PromptPairs, got Tensor")):
+        with pytest.raises(TypeError, match=text):
+            tlnp.evaluate(model, *wrong)
+    with pytest.raises(ValueError, match="batch_size=0; it must be a whole number, 1 or more"):
+        tlnp.evaluate(model, circuit, prompts, batch_size=0)
+
+
 def test_attached_masks_are_left_out(toy: Toy) -> None:
     model, prompts = toy
     masks = model.add_node_masks(("head",))

@@ -51,7 +51,8 @@ def test_it_is_what_evaluate_says_of_circuit_and_complement(toy: Toy, found: tln
 
 
 def test_intervals_by_hand(toy: Toy, found: tlnp.Report) -> None:
-    """Resampled prompts, drawn here another way, give the same ends but for chance; shares have Wilson's in closed form."""
+    """Resampled prompts, drawn here another way, give the same ends but for chance: those of the bias-corrected and accelerated
+    bootstrap (Efron 1987). Shares have Wilson's in closed form."""
     model, prompts = toy
     circuit = circuit_with(model)
     n, rng = len(prompts), np.random.default_rng(7)
@@ -60,10 +61,14 @@ def test_intervals_by_hand(toy: Toy, found: tlnp.Report) -> None:
         circuit_logits(model, tlnp.Circuit.empty(circuit.space, circuit.ablation), prompts)))
     kl = np.array([tlnp.evaluate(model, circuit, prompts[i : i + 1]).kl for i in range(n)])
     draws = [rng.choice(n, n) for _ in range(4000)]
-    want = {"kl": [kl[rows].mean() for rows in draws], "logit_diff": [alone[rows].mean() for rows in draws],
-            "faithfulness": [(alone[rows] - none[rows]).mean() / (whole[rows] - none[rows]).mean() for rows in draws]}
-    for name, values in want.items():
-        low, high = np.quantile(values, [0.025, 0.975])
+    measures = {"kl": lambda rows: kl[rows].mean(), "logit_diff": lambda rows: alone[rows].mean(),
+                "faithfulness": lambda rows: (alone[rows] - none[rows]).mean() / (whole[rows] - none[rows]).mean()}
+    for name, measure in measures.items():
+        values, left_out = np.array([measure(rows) for rows in draws]), np.array([measure(np.delete(np.arange(n), i)) for i in range(n)])
+        bias, pull = stats.norm.ppf((values < measure(np.arange(n))).mean()), left_out.mean() - left_out
+        skew = (pull**3).sum() / (6 * (pull**2).sum() ** 1.5)
+        at = [stats.norm.cdf(bias + (bias + z) / (1 - skew * (bias + z))) for z in (-1.959964, 1.959964)]
+        low, high = np.quantile(values, at)
         assert found.intervals[name] == pytest.approx((low, high), abs=0.1 * (high - low)), name
     z, p = 1.959964, float((alone > 0).mean())
     middle, half = (p + z**2 / 2 / n) / (1 + z**2 / n), z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / 4 / n**2)
@@ -188,6 +193,35 @@ def test_no_task_no_claim(toy: Toy) -> None:
     assert not (report.to_frame()["passed"] == True).any()  # noqa: E712 (a column of objects)
 
 
+def test_repeated_prompts_count_once(toy: Toy) -> None:
+    """One prompt 24 times is one prompt: nothing can be tested on it."""
+    model, prompts = toy
+    once, often = (tlnp.report(model, circuit_with(model), some, **CHEAP) for some in (prompts[:8], prompts[list(range(8)) * 3]))
+    assert often.settings.n_prompts == 8 and often.evaluation == once.evaluation and often.task_p == once.task_p
+    assert [str(a) for a in often.verdicts] == [str(b) for b in once.verdicts]
+    assert "16 pairs are left out, since the clean prompt of each is there in another pair already." in often.notes
+    single = tlnp.report(model, circuit_with(model), prompts[[0] * 24], **CHEAP)
+    assert single.verdict("task").passed is None and "needs 7 prompts or more; got 1" in single.verdict("task").sentence
+
+
+def test_corrupted_prompts_that_are_missing_in_part_are_counted(toy: Toy) -> None:
+    model, prompts = toy
+    some = dataclasses.replace(prompts, corrupted=torch.where(torch.arange(24)[:, None] < 5, prompts.clean, prompts.corrupted))
+    note = "5 of the 24 corrupted prompts are the same as the clean ones, so that nothing is ablated there."
+    assert note in tlnp.report(model, circuit_with(model), some, **CHEAP).notes
+    assert not any("same as the clean" in one for one in tlnp.report(model, circuit_with(model), prompts, **CHEAP).notes)
+
+
+def test_the_circuit_is_knocked_out_where_layers_stand_above_what_is_not_gated(toy: Toy) -> None:
+    """Attention is gated with its layer only: without the circuit, a layer that it keeps has none, one that it cuts has its own."""
+    model, prompts = toy
+    space = find_nodes(model).restrict(("layer", "mlp"))
+    circuit = tlnp.Circuit(space, {key: torch.tensor(key.layer < 2) for key in space.shapes})
+    without = tlnp.Circuit(space, {key: torch.tensor(key.layer == 2) for key in space.shapes})
+    report = tlnp.report(model, circuit, prompts, **CHEAP)
+    assert report.completeness.complement.kl == pytest.approx(tlnp.evaluate(model, without, prompts).kl, rel=1e-3)
+
+
 def test_few_prompts_say_how_many_it_takes(toy: Toy) -> None:
     report = tlnp.report(toy[0], circuit_with(toy[0]), toy[1][:5], **QUICK | {"n_random": 10})
     assert report.verdict("task").passed is None and "needs 7 prompts or more; got 5" in report.verdict("task").sentence
@@ -271,7 +305,7 @@ def test_a_constant_metric_is_named(toy: Toy) -> None:
     ({"max_units": True}, ValueError, "max_units=True"),
     ({"alpha": 1.0}, ValueError, "alpha=1.0; it must lie between 0 and 1"),
     ({"units": "heads"}, ValueError, "units='heads'; allowed: 'block', 'node'"),
-    ({"held_out": "test"}, TypeError, "prompts and held_out must be PromptPairs, got str"),
+    ({"held_out": "test"}, TypeError, "held_out must be PromptPairs, got str"),
 ])
 def test_bad_arguments(toy: Toy, change: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):

@@ -103,6 +103,12 @@ def test_a_planted_circuit_does_it_from_its_size_on_and_rank_finds_it(name: str)
     assert tlnp.mib.evaluate(wired.model, ranked, prompts, sizes=sizes).cmd < 0.02
 
 
+def test_the_ablation_by_name(toy: Toy) -> None:
+    model, prompts = toy
+    named, given = (tlnp.mib.evaluate(model, lot(model), prompts, ablation=ablation) for ablation in ("zero", tlnp.Ablation("zero")))
+    assert named == given and named.ablation == "zero"
+
+
 def test_a_constant_metric_is_an_error(toy: Toy) -> None:
     model, prompts = toy
     same = tlnp.PromptPairs(prompts.clean, prompts.clean, prompts.answers, prompts.wrong_answers, prompts.attention_mask)
@@ -119,6 +125,13 @@ def test_scores_of_another_model_and_bad_mappings_are_named(toy: Toy, other_mode
                       ({"blocks.0.attn.hook_z": torch.full((4,), torch.inf)}, "NaN or inf in the scores of the head nodes of layer 0")):
         with pytest.raises(ValueError, match=text):
             tlnp.mib.evaluate(model, bad, prompts)
+    double = {"blocks.0.hook_mlp_out": torch.zeros(()), "blocks.0.mlp.hook_post": torch.zeros(384)}
+    with pytest.raises(ValueError, match="scores has 'blocks.0.hook_mlp_out' and what is in it, blocks.0.mlp.hook_post"):
+        tlnp.mib.evaluate(model, double, prompts)
+    with pytest.raises(TypeError, match="scores must be NodeScores, Effects or a mapping .* got Tensor"):
+        tlnp.mib.evaluate(model, torch.zeros(3), prompts)
+    with pytest.raises(ValueError, match="unknown ablation 'nothing'"):
+        tlnp.mib.evaluate(model, lot(model), prompts, ablation="nothing")
     with pytest.raises(ValueError, match="the last one 1.0"):
         tlnp.mib.evaluate(model, lot(model), prompts, sizes=(0.1, 0.2))
 

@@ -77,6 +77,19 @@ def test_what_cannot_be_written_is_named_and_nothing_is_written(toy: Toy, other_
     assert not list(tmp_path.iterdir())
 
 
+def test_what_has_no_place_is_said(toy: Toy, tmp_path: Path) -> None:
+    model, path = toy[0], tmp_path / "scores.json"
+    tlnp.mib.write(model, lot(model, "head", "mlp_out"), path, level="neuron")
+    content = json.loads(path.read_text())
+    content["nodes"]["a1.h2"]["neuron_scores"][3] += 1
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="1 heads have scores of their own for the dims that they write"):
+        tlnp.mib.read(model, path)
+    effects = tlnp.crosscheck.attribution_patching(model, toy[1], ["head", "mlp"])
+    with pytest.raises(TypeError, match="scores must be NodeScores, got Effects; .*NodeScores.from_effects"):
+        tlnp.mib.write(model, effects, path)  # type: ignore[arg-type]
+
+
 def test_what_cannot_be_read_is_named(toy: Toy, other_model: Any, tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
     with pytest.raises(FileNotFoundError):

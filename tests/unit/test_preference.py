@@ -34,6 +34,14 @@ def test_p_value_is_the_signed_rank_tests_and_few_pairs_tell_nothing(toy: Toy) -
     assert made(prompts, gains * 0, gains * 0).p_value == 1
 
 
+def test_pairs_with_one_clean_prompt_count_once(toy: Toy) -> None:
+    """By their mean: copies of a pair tell no more than the pair."""
+    prompts, gains = toy[1][:8], torch.randn(8, generator=torch.Generator().manual_seed(0)) + 1
+    often = [i for i in range(8) for _ in range(3)]
+    assert made(prompts[often], gains[often], gains[often] * 0).p_value == made(prompts, gains, gains * 0).p_value
+    assert made(prompts[[0] * 24], -torch.ones(24), torch.zeros(24)).no_task is False, "one prompt is too few to tell"
+
+
 def test_pairs_are_turned_round_only_where_the_corrupted_prompts_do_the_task(toy: Toy) -> None:
     prompts, n = toy[1], len(toy[1])
     strong, weak = torch.ones(n), torch.full((n,), 0.4)

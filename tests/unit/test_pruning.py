@@ -230,6 +230,15 @@ def test_pairs_too_few_to_hold_out_are_searched_within_half_the_budget(toy: Toy)
     assert few <= 0.15 < min(enough, single) and max(enough, single) <= 0.3
 
 
+def test_corrupted_prompts_that_are_missing_in_part_are_said(toy: Toy, masks: tlnp.NodeMasks) -> None:
+    prompts = toy[1]
+    some = tlnp.PromptPairs(prompts.clean, torch.where(torch.arange(len(prompts))[:, None] < 5, prompts.clean, prompts.corrupted),
+                            prompts.answers, prompts.wrong_answers, prompts.attention_mask)
+    with pytest.warns(UserWarning, match="5 of the 24 corrupted prompts are the same as the clean ones") as caught:
+        masks.prune(some, max_nodes=9, steps=1, exact_tests=0, progress=False)
+    assert caught[0].filename == __file__
+
+
 def test_a_result_names_its_loss(toy: Toy, masks: tlnp.NodeMasks) -> None:
     assert masks.prune(toy[1], loss=any_loss, max_loss=9.0, steps=1, exact_tests=0, progress=False).loss == "any_loss"
     assert masks.prune(toy[1], max_nodes=9, steps=1, exact_tests=0, progress=False).loss == "KL"

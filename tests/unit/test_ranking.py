@@ -159,6 +159,10 @@ def test_rank_names_masks_and_prompts_that_it_cannot_use(toy: Toy) -> None:
         masks = model.add_node_masks(COARSE)
         with pytest.raises(TypeError, match="prompts must be PromptPairs, got list"):
             tlnp.rank(masks, [1, 2], progress=False)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="the loss is constant: 3 for the full model and 3 with every node ablated"):
+            tlnp.rank(masks, prompts, loss=lambda logits, full, prompts: logits[:, 0] * 0 + 3, progress=False)
+        with pytest.raises(ValueError, match="the loss has no gradient"):
+            tlnp.rank(masks, prompts, loss=lambda logits, full, prompts: (logits.argmax(-1) != full.argmax(-1)).float(), progress=False)
     finally:
         model.remove_node_masks()
     with pytest.raises(RuntimeError, match="not attached to a model"):

@@ -38,6 +38,13 @@ def test_as_evaluate_has_them(each_toy: Toy, ablation: str, batch_size: int) -> 
     assert len(one) == 1 and torch.equal(rest.kl, scores.kl[1:])
 
 
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float64, 1.5e-8), (torch.float32, 3.5e-4), (torch.bfloat16, 0.0157)])
+def test_resolution_is_far_below_the_scores_in_half_precision_too(dtype: torch.dtype, share: float) -> None:
+    model, prompts = tlnp.toy.load("ioi", n=4)
+    runs = Runs(model.to(dtype), prompts, find_nodes(model), tlnp.Ablation())
+    assert runs.resolution / float(runs.full.score.abs().mean()) == pytest.approx(share, rel=0.05)
+
+
 def test_no_circuits_are_no_scores(toy: Toy) -> None:
     space = find_nodes(toy[0])
     assert Runs(toy[0], toy[1], space, tlnp.Ablation())([]).score.shape == (0, 24)

@@ -18,7 +18,7 @@ from tl_nodeprune.circuit import Circuit, full_logits
 from tl_nodeprune.hooks import capture, mask_hooks, temporary_hooks
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.probe import check_ready
-from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.prompts import PromptPairs, check_pairs
 from tl_nodeprune.viz.page import CAPTION, parts_of
 from tl_nodeprune.viz.values import HasCircuit, circuit_of
 
@@ -140,8 +140,7 @@ def _run_without(model: Any, circuit: Circuit, batch: PromptPairs, positions: Se
 
 def _checked(model: Any, circuit: Any, prompts: PromptPairs, prompt: int, **counts: int) -> tuple[Circuit, PromptPairs]:
     circuit = circuit_of(circuit)
-    if not isinstance(prompts, PromptPairs):
-        raise TypeError(f"prompts must be PromptPairs, got {type(prompts).__name__}; see PromptPairs.from_strings.")
+    check_pairs(prompts)
     check_counts(**counts)
     one = prompts[prompt]
     with masks_off(model):
