@@ -132,6 +132,12 @@ def test_drawing_says_what_it_shows() -> None:
     assert drawn == {"kept": kept, "cut": total - kept}
 
 
+def test_the_readme_says_of_its_picture_what_the_picture_says() -> None:
+    svg, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/figures/circuit.svg", "README.md"))
+    kl = re.search(r"KL to the full model 0(\.\d+) nats", svg)
+    assert kl and f"the picture's circuit has {kl[1]} there" in readme
+
+
 def test_drawing_is_made_from_a_circuit(toy: Any) -> None:
     make, space = runpy.run_path(str(ROOT / "docs" / "figures" / "make.py")), find_nodes(toy[0])
     generator = torch.Generator().manual_seed(0)
