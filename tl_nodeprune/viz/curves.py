@@ -139,7 +139,8 @@ def _points(source: pd.DataFrame, index: int) -> pd.DataFrame:
 def _sweep_names(sweeps: list[Sweep]) -> list[str]:
     """What tells each Sweep from the others: what it gates, and a number where that is not enough."""
     circuits = [[run.result.circuit for run in sweep.runs] for sweep in sweeps]
-    gated = [", ".join(some[0].space.granularities) if some else "" for some in circuits]
+    spaces = [some[0].space if some else None for some in circuits]
+    gated = ["" if space is None else "all nodes" if space.shapes == space.present else ", ".join(space.granularities) for space in spaces]
     ablated = [", ".join(dict.fromkeys(circuit.ablation.name for circuit in some)) for some in circuits]
     names = [f"tl_nodeprune, {b}" if len(set(gated)) == 1 else f"tl_nodeprune, {a}; {b}" for a, b in zip(gated, ablated, strict=True)]
     return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, start=1)]
