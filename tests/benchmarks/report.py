@@ -31,7 +31,9 @@ Attribution, magnitude and random circuits are as large as ours at max_kl 0.05 o
 keeps whole heads and MLPs until it is at least as large. The best attribution is the one with the lowest held-out KL on each
 split, of those at most 1.1 x as large as ours. `paper` runs PaperObjective, without "layer" gates and without hinge, its penalty the
 mean over gate tensors (the authors' code for GPT-2); `paper, summed` the same with the sum (their code for Llama).
-One-granularity runs keep all nodes that they do not gate. Times are CPU seconds of the process, compared on one machine only.
+Ours is aimed at the held-out KL of each run of theirs: at 1/1.6 of it first, and where that misses, lower, three times at most;
+the time of runs that missed counts. One-granularity runs keep all nodes that they do not gate. Times are CPU seconds of the process,
+compared on one machine only.
 """
 
 
@@ -83,7 +85,7 @@ class Results:
 
     def frame(self) -> pd.DataFrame:
         """A row per measurement of a circuit, all columns there."""
-        numbers = ("size", "size_total", "kl", "accuracy", "train_kl", "seconds", "max_kl", "lam")
+        numbers = ("size", "size_total", "kl", "accuracy", "train_kl", "seconds", "seconds_before", "max_kl", "lam")
         named = ("task", "seed", "method", "kind", "run", "search_seed", "circuit", "note")
         table = pd.DataFrame(self.entries).reindex(columns=[*named, *numbers])
         table = table[~table["kind"].isin(["planted", "control"])].astype(dict.fromkeys(numbers, float))
@@ -133,7 +135,8 @@ def matches(frame: pd.DataFrame, kind: str = "paper") -> pd.DataFrame:
             best = ours.sort_values(["size", "kl"]).iloc[0]
             timed = grid["machine"].nunique() == 1 and best["machine"] == paper["machine"]
             row |= {"method": best["method"], "ratio": best["size"] / paper["size"]}
-            row |= {"of_grid": best["seconds"] / grid["seconds"].sum(), "of_run": best["seconds"] / paper["seconds"]} if timed else {}
+            seconds = best["seconds"] + np.nan_to_num(best["seconds_before"])
+            row |= {"of_grid": seconds / grid["seconds"].sum(), "of_run": seconds / paper["seconds"]} if timed else {}
         rows.append(row)
     return pd.DataFrame(rows, columns=["task", "seed", "lam", "method", "ratio", "of_grid", "of_run"])
 
