@@ -51,6 +51,15 @@ const level = label => /rotate\\(0|^(?!.*rotate)/.test(label.getAttribute("trans
 const labels = arguments[0].querySelectorAll(`g[class^="${arguments[1]}"][class$="tick"] text`);
 return [...labels].filter(level).map(label => label.getBoundingClientRect().toJSON());
 """
+# where in the window a point of a trace is
+POINT = """
+const [plot, name, i] = arguments, trace = plot._fullData.find(one => one.name === name), box = plot.getBoundingClientRect();
+const at = letter => {
+  const axis = plot._fullLayout[trace[letter + "axis"].replace(/^./, "$&axis")];
+  return axis._offset + axis.d2p(trace[letter][i]);
+};
+return [box.x + at("x"), box.y + at("y")];
+"""
 # keeps what is written on canvases, which no element's text has
 WRITTEN = """
 window.written = [];
@@ -175,6 +184,24 @@ def test_hover_says_the_node_and_its_effect(page: Any) -> None:
 def test_hover_on_a_canvas(page: Any, circuit: tlnp.Circuit) -> None:
     name, node = hovered(page, "neuron_map").split()
     assert name == "mlp_neuron" and tuple(map(int, node.split("."))) in circuit.nodes("mlp_neuron")
+
+
+@pytest.mark.parametrize(("name", "trace", "said"), [
+    ("history", "KL, nats", r"step 3\s*KL 0\.25\s*497 nodes open\s*coefficient 0\.1"),
+    ("frontier", "ours", r"ours\s*100 leaf nodes\s*KL 0.1 nats"),
+    ("agreement", "heads", r"head \d\.\d\s*effect -?\d"), ("circuit_graph", "heads", r"head \d\.\d: \d+ of 24 dims live\s*effect -?\d"),
+    ("compare", "heads", r"head 1\.1: (only in a|only in b|in both|in neither)"),
+])
+def test_hover_of_the_other_figures(page: Any, name: str, trace: str, said: str) -> None:
+    """With the mouse on a point of a trace; of heatmaps, on a column's and a row's."""
+    plot = in_view(page, plots(page)[FIGURES.index(name)])
+    x, y = page.execute_script(POINT, plot, trace, {"history": 3}.get(name, 1))
+    ActionChains(page).move_to_element(plot).perform()
+    mouse = ActionChains(page)
+    mouse.w3c_actions.pointer_action.move_to_location(round(x), round(y))
+    mouse.perform()
+    text = wait(page, lambda _: [e.text for e in plot.find_elements("css selector", ".hovertext") if e.text])[0]
+    assert re.match(said, text), text
 
 
 def test_the_table_filters_and_sorts(page: Any, circuit: tlnp.Circuit) -> None:

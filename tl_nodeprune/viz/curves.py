@@ -123,7 +123,7 @@ def _curve(points: pd.DataFrame, method: str, colour: str, *, faint: bool) -> go
         x=points["size"].to_numpy(), y=points["kl"].to_numpy(), text=points["note"], mode="markers" if faint else "lines+markers",
         name=method, legendgroup=method, showlegend=not faint, opacity=0.45 if faint else 1, line={"color": colour},
         marker={"color": colour, "size": 6 if faint else 8},
-        hovertemplate=f"{method}%{{text}}<br>%{{x:,}} leaf nodes<br>KL %{{y:.4g}} nats<extra></extra>")
+        hovertemplate=f"{method}%{{text}}<br>%{{x:,}} leaf nodes<br>KL %{{y:.4~g}} nats<extra></extra>")
 
 
 def _points(source: pd.DataFrame, index: int) -> pd.DataFrame:
