@@ -32,6 +32,9 @@ def test_the_figures_follow_from_the_measurements(tmp_path: Path) -> None:
     add(results, "paper, lam 0.95", "paper", 100, 0.2, lam=0.95, seconds=10.0)
     add(results, "paper, lam 0.97", "paper", 50, 0.001, lam=0.97, seconds=10.0)
     add(results, "paper, lam 0.99", "paper", 0, 9.0, lam=0.99, seconds=10.0)
+    assert report.matches(results.frame())["of_grid"].isna().all(), "four lams are no grid"
+    for lam in (0.98, 0.995):
+        add(results, f"paper, lam {lam}", "paper", 0, 9.0, lam=lam, seconds=20.0)
     add(results, "ours, max_kl 0.05", "ours", 80, 0.06, max_kl=0.05, seconds=4.0)
     add(results, "ours, max_kl 0.02", "ours", 200, 0.03, max_kl=0.02, seconds=6.0, seconds_before=2.0)
     add(results, "attribution, x", "attribution", 80, 0.24)
@@ -41,10 +44,10 @@ def test_the_figures_follow_from_the_measurements(tmp_path: Path) -> None:
     found = report.matches(results.frame()).set_index("lam")
     assert found["ratio"].to_dict() == {0.9: 200 / 500, 0.95: 80 / 100, 0.97: 1000 / 50}
     assert found["method"].tolist() == ["ours, max_kl 0.02", "ours, max_kl 0.05", "the full model"]
-    assert found["of_grid"].tolist()[:2] == [0.2, 0.1] and found["of_run"].tolist()[:2] == [0.8, 0.4]
+    assert found["of_grid"].tolist()[:2] == [0.1, 0.05] and found["of_run"].tolist()[:2] == [0.8, 0.4]
     summary = report.summary(results, results.frame()).set_index("figure")
     shown = {"size at the held-out KL of a run of `paper`": ("0.8", "NO"),
-             "our time / that of all lam run for the task, `paper`": ("0.15", "yes"),
+             "our time / that of all 6 lams, `paper`": ("0.075", "yes"),
              "size at the held-out KL of a run of `paper, summed`": ("not measured", ""),
              "KL at equal size, ours / best": ("0.5", "NO"), "KL at equal size, ours / random": ("2", "NO"),
              "held-out KL / max_kl": ("1.35", "yes"), "IoU at max_kl 0.05, search": ("not measured", "")}
@@ -76,10 +79,10 @@ def test_times_of_two_machines_are_not_compared(tmp_path: Path) -> None:
     again = report.Results(tmp_path, SETTINGS)
     assert again.has("toy/ioi", 0, "paper, lam 0.9") and not again.has("toy/ioi", 1, "paper, lam 0.9")
     add(again, "ours, max_kl 0.05", "ours", 80, 0.04, max_kl=0.05, seconds=4.0)
-    assert report.matches(again.frame())["of_grid"].tolist() == [0.4] and len(again.runs) == 2
+    assert report.matches(again.frame())["of_run"].tolist() == [0.4] and len(again.runs) == 2
     again.runs[0]["host"] = "another"
     found = report.matches(again.frame())
-    assert found["ratio"].tolist() == [80 / 500] and found["of_grid"].isna().all()
+    assert found["ratio"].tolist() == [80 / 500] and found["of_run"].isna().all()
     with pytest.raises(SystemExit, match="other --out"):
         report.Results(tmp_path, {"steps": 2})
 
