@@ -29,9 +29,9 @@ class Circuit(Mapping[str, Tensor]):
     """A frozen set of nodes. As a Mapping: hook name -> mask, 1 = kept, 0 = pruned, float32, at the hook's own shape.
 
     Always consistent: no live child under a closed parent, no live parent with nothing live below.
-    `&`, `|`, `~` work on leaf nodes, and like `==` and `iou` look at nodes only; the ablation stays that of the left circuit. `~`
-    keeps exactly the leaves that were pruned, except under a closed gate that has something
-    ungated below it (a layer whose MLP is not gated): such a gate stays as it is.
+    Leaf nodes are those that do not follow from gates below them: nothing there is gated, or not everything. `&`, `|`, `~` work on nodes,
+    and like `==` and `iou` look at nodes only; the ablation stays that of the left circuit. `~` keeps exactly the finest nodes that were
+    pruned; a gate above something that is not gated (a layer whose MLP is not) stays as it is, and so does what is below a closed one.
     """
 
     def __init__(self, space: NodeSpace, gates: Gates, ablation: Ablation = Ablation()) -> None:  # noqa: B008 (frozen)
@@ -140,7 +140,7 @@ class Circuit(Mapping[str, Tensor]):
 
     def __invert__(self) -> Circuit:
         """The complement at leaf level; a gate above things that are not gated themselves stays as it is."""
-        leaves = set(self.space.leaves())
+        leaves = set(self.space.finest())
         gates = {key: ~live if key in leaves else live | self.space.covered(key) for key, live in self._live.items()}
         return Circuit(self.space, gates, self.ablation)
 

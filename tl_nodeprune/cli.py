@@ -105,8 +105,8 @@ def _check_page(path: Path) -> None:
 def _write_page(path: Path, model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, task: str, *, effects: bool = True,
                 note: str = "") -> None:
     gated = (circuit.circuit if isinstance(circuit, PruneResult) else circuit).space.granularities
-    effects = effects and prompts.has_corrupted and any(name in gated for name in COARSE)
-    found = activation_patching(model, prompts[:_PATCHED]) if effects else None
+    some = prompts[:_PATCHED]
+    found = activation_patching(model, some) if effects and some.has_corrupted and any(name in gated for name in COARSE) else None
     summary, *figures = overview(model, circuit, prompts, task=task, effects=found)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_html(path, summary, *[note] * bool(note), *figures, title=f"Circuit: {task}")

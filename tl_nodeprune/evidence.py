@@ -57,13 +57,14 @@ def report(
     check_circuit(circuit)
     for name, given in (("prompts", prompts), ("held_out", judged)):
         check_pairs(given, name)
+    repeated, judged = len(judged), judged.without_repeats()
+    repeated -= len(judged)
+    for given in (prompts, judged):
         given.check_corrupted(circuit.ablation.name)
     check_counts(n_random=n_random, n_subsets=n_subsets, max_units=max_units, batch_size=batch_size)
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha}; it must lie between 0 and 1.")
-    every_unit, repeated = units_of(circuit.space, units), len(judged)
-    judged = judged.without_repeats()
-    repeated -= len(judged)
+    every_unit = units_of(circuit.space, units)
     with masks_off(model):
         _check_fits(model, circuit, (prompts, judged))
         runs = Runs(model, judged, circuit.space, circuit.ablation, batch_size=batch_size, progress=progress)

@@ -119,13 +119,13 @@ class NodeSpace:
                 found.append(GateKey(name, key.layer))
         return found
 
-    def leaves(self) -> list[GateKey]:
+    def finest(self) -> list[GateKey]:
         """The gate tensors that have nothing gated below them."""
         return [key for key in self.shapes if not self.children(key)]
 
     def free(self) -> list[GateKey]:
-        """The gate tensors that a search decides on and sizes count: the leaves, and gates above something that is not gated; at most one
-        per hook point. All others follow from what is below them."""
+        """The gate tensors of leaf nodes: below them nothing is gated, or not everything, so that they do not follow from what is there. A
+        search decides on them and sizes count them; at most one per hook point."""
         return [key for key in self.shapes if not self.covered(key)]
 
     def free_total(self) -> int:

@@ -139,8 +139,10 @@ class PromptPairs:
         return self[order[place[order] < cut]], self[order[place[order] >= cut]]
 
     def distinct(self) -> Int[Tensor, "batch"]:
-        """Which clean prompt each pair has, numbered by first appearance."""
-        rows = list(map(tuple, self.clean.tolist()))
+        """Which clean prompt each pair has, numbered by first appearance: its real tokens, and where the answer is read."""
+        assert self.attention_mask is not None and self.answer_positions is not None
+        tokens = map(tuple, self.clean.masked_fill(~self.attention_mask, -1).tolist())
+        rows = list(zip(tokens, self.answer_positions.tolist(), strict=True))
         number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
         return torch.tensor([number[row] for row in rows])
 

@@ -101,14 +101,15 @@ def prune(
     seed: same seed, same machine, same circuit.
 
     Where, with max_kl or max_nodes, the full model on corrupted prompts prefers the wrong answer, as when the corruption swaps two names,
-    those pairs are searched on in both directions, which makes the circuit hold on fresh prompts (docs/decisions). Where 7 pairs or
-    more show no preference of the full model for the answer on the clean prompts, no circuit is claimed: a warning, and `converged` is
+    those pairs are searched on in both directions, which makes the circuit hold on fresh prompts (docs/decisions). Where 7 clean prompts
+    or more show no preference of the full model for the answer on the clean prompts, no circuit is claimed: a warning, and `converged` is
     False.
 
-    Raises: ValueError for a budget that is missing, doubled, not above 0, or of nodes that these masks do not gate, an agreement that is
-    no share or without max_kl, prompts that do not fit the model, or a start over other nodes; TypeError for what is no number or no
-    PromptPairs; RuntimeError where the masks are not attached, another circuit is applied, or the model is in training mode with dropout;
-    FloatingPointError at the step where logits or the loss are NaN or inf. The model and the masks are then as before.
+    Warns where some corrupted prompts are the same as the clean ones. Raises: ValueError for a budget that is missing, doubled, not above
+    0, or of nodes that these masks do not gate, an agreement that is no share or without max_kl, prompts that do not fit the model, a loss
+    without a gradient, or a start over other nodes; TypeError for what is no number or no PromptPairs; RuntimeError where the masks are
+    not attached, another circuit is applied, or the model is in training mode with dropout; FloatingPointError at the step where logits
+    or the loss are NaN or inf. The model and the masks are then as before.
     """
     budget = budget_of(masks.space, max_kl, agreement, max_nodes, loss, max_loss, objective)
     model = _ready(masks, prompts, start)
@@ -134,7 +135,7 @@ def prune(
         warnings.warn(problem, stacklevel=2)
     return PruneResult(found.circuit, not problem, found.kl, history, time.perf_counter() - began, _peak_memory(model), found.p_value,
                        found.minimal, found.gap, NodeScores.from_circuit(found.circuit, within=found.order),
-                       "KL" if loss is None else getattr(loss, "__name__", "loss"))
+                       "KL" if loss in (None, kl_divergence) else getattr(loss, "__name__", "loss"))
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _restored_on_error(masks: NodeMasks) -> Iterator[None]:
 
 
 def _ready(masks: NodeMasks, prompts: PromptPairs, start: Circuit | None) -> Any:
-    model = searchable(masks, prompts)
+    model = searchable(masks, prompts, stacklevel=4)
     if start is not None:
         check_circuit(start, "start")
     if start is not None and start.space.shapes != masks.space.shapes:

@@ -144,7 +144,7 @@ def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence
     differ from size to size; and what `prune` raises.
     """
     _check(masks, sizes, anchor, steps=steps, batch_size=batch_size, step_prompts=step_prompts)
-    searchable(masks, prompts)
+    searchable(masks, prompts, stacklevel=3)
     counts = sorted({max(round(size * masks.space.free_total()), 1) for size in sizes[:-1]})
     first = min(counts, key=lambda count: abs(math.log(count / (anchor * masks.space.free_total()))))
     with masks.inactive(), tqdm(total=len(counts), desc="rank", disable=not progress) as bar:

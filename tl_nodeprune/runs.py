@@ -57,8 +57,8 @@ class Runs:
 
     @property
     def resolution(self) -> float:
-        """Differences of scores up to this are rounding, as a share of the mean |score|: the square root of the model's machine precision;
-        in half precision, where that would be .03 to .09, twice the precision (.002; bfloat16 .016)."""
+        """Differences of scores up to this, logits, are rounding: the mean |score| times the square root of the model's machine precision,
+        or in half precision, where that would be .03 to .09, times twice the precision (.002; bfloat16 .016)."""
         eps = torch.finfo(next(iter(self.model.parameters())).dtype).eps
         return float(max(2 * eps, min(eps**0.5, 1e-3)) * self.full.score.abs().mean())
 

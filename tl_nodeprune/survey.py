@@ -15,8 +15,8 @@ from tl_nodeprune.probe import check_ready
 from tl_nodeprune.prompts import PromptPairs, check_pairs
 
 
-def searchable(masks: NodeMasks, prompts: PromptPairs) -> Any:
-    """The model of masks that a search can use. Raises what `prune` says it raises for masks and prompts."""
+def searchable(masks: NodeMasks, prompts: PromptPairs, *, stacklevel: int) -> Any:
+    """The model of masks that a search can use. Raises what `prune` says it raises for masks and prompts. stacklevel: of a warning."""
     model = masks.model
     check_pairs(prompts)
     attachment = find_attachment(model)
@@ -29,7 +29,7 @@ def searchable(masks: NodeMasks, prompts: PromptPairs) -> Any:
     prompts.check_corrupted(masks.asked_ablation.name)
     if prompts.n_same and masks.asked_ablation.name == "interchange":
         warnings.warn(f"{prompts.n_same} of the {len(prompts)} corrupted prompts are the same as the clean ones: nothing is ablated there, "
-                      "and any circuit is right on them.", stacklevel=4)
+                      "and any circuit is right on them.", stacklevel=stacklevel)
     return model
 
 

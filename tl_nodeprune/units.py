@@ -129,7 +129,7 @@ class SizeMatched:
         """Gate tensors between which nodes change places."""
         pools: dict[tuple[str, int], list[GateKey]] = {}
         space = self.circuit.space
-        for key in space.leaves():
+        for key in space.finest():
             if any(not self.circuit.live(*parent).any() for parent in space.ancestors(key) if not space.covered(parent)):
                 continue
             alone = by_layer and space.shapes[key] != ()

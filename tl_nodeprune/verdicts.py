@@ -111,9 +111,10 @@ def _redundancy(report: Report) -> Verdict:
         return Verdict("redundancy", None, "Not looked for: no unit tried has an effect of its own, and there is no pair of them.")
     if not report.stand_ins_sought:
         return Verdict("redundancy", None, (
-            f"Cannot be told: no unit tried costs {MATTERS:.0%} of the ablated model's KL when it alone is removed, so others do its work, "
-            f"but among the {report.pairs_among} kept units of smallest effect no two or more were found of which any one suffices."))
-    pairs = "" if report.pairs_among < 2 else f" No two of the {report.pairs_among} kept units of smallest effect do each other's work."
+            f"Cannot be told: no unit tried costs {MATTERS:.0%} of the ablated model's KL when it alone is removed, and "
+            f"among the {report.pairs_among} kept units of smallest effect none were found of which any one suffices."))
+    pairs = "" if report.pairs_among < 2 else (
+        f" No two or more of the {report.pairs_among} kept units of smallest effect do each other's work.")
     return Verdict("redundancy", True, (
         f"For none of the {report.stand_ins_sought} units that cost {MATTERS:.0%} or more of the ablated model's KL when removed was a "
         f"stand-in of the same kind found outside of the circuit.{pairs} Stand-ins of another kind, or of more than a few units, were not "

@@ -112,16 +112,14 @@ class Bench:
 
     def match_paper(self) -> None:
         """A run of ours aimed at the held-out KL of each paper run, unless one with nearly that budget is there; where it is above that KL,
-        another with a smaller budget. `seconds_in_all` is the time of all that were aimed so far."""
+        another with a smaller budget."""
         for paper in self.rows("paper") + self.rows("paper, summed"):
-            wanted, seconds = paper["kl"] / MARGIN, 0.0
+            wanted = paper["kl"] / MARGIN
             for aim in range(AIMS if wanted > 0 else 0):
                 near = [row for row in self.rows("ours") if wanted / NEAR <= row["max_kl"] <= wanted * NEAR]
                 if not near:
-                    self.prune("ours", f"ours, for {paper['method']}" + f", aim {aim + 1}" * (aim > 0), max_kl=wanted,
-                               noted={"seconds_before": seconds})
+                    self.prune("ours", f"ours, for {paper['method']}" + f", aim {aim + 1}" * (aim > 0), max_kl=wanted)
                 row = near[0] if near else self.rows("ours")[-1]
-                seconds += row["seconds"]
                 if row["kl"] <= paper["kl"]:
                     break
                 wanted *= max(LOWER * paper["kl"] / row["kl"], LOWEST)

@@ -64,12 +64,12 @@ def nodes_of(circuit: tlnp.Circuit) -> Nodes:
 
 def leaves_of(space: NodeSpace) -> list[Node]:
     """Every leaf node of a space."""
-    return [(key.granularity, key.layer, *map(int, index)) for key in space.leaves() for index in torch.ones(space.shapes[key]).nonzero()]
+    return [(key.granularity, key.layer, *map(int, index)) for key in space.finest() for index in torch.ones(space.shapes[key]).nonzero()]
 
 
 def circuit_of(space: NodeSpace, leaves: Iterable[Node]) -> tlnp.Circuit:
     """The circuit that keeps these leaf nodes of a space, and what is above them."""
-    ends = set(space.leaves())
+    ends = set(space.finest())
     gates = {key: torch.zeros(shape) if key in ends else torch.ones(shape) for key, shape in space.shapes.items()}
     for name, layer, *index in leaves:
         gates[GateKey(name, layer)][tuple(index)] = 1

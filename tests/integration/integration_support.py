@@ -82,7 +82,7 @@ def random_pairs(n: int = 3, width: int = 6, seed: int = 0) -> tlnp.PromptPairs:
 def random_circuit(space: Any, ablation: str | tlnp.Ablation, seed: int, keep: float = 0.7) -> tlnp.Circuit:
     """Leaves kept at random, everything above open."""
     generator = torch.Generator().manual_seed(seed)
-    leaves = set(space.leaves())
+    leaves = set(space.finest())
     gates = {key: torch.rand(shape, generator=generator) < keep if key in leaves else torch.ones(shape)
              for key, shape in space.shapes.items()}
     return tlnp.Circuit(space, gates, tlnp.Ablation(ablation) if isinstance(ablation, str) else ablation)

@@ -57,7 +57,7 @@ def commands() -> list[Any]:
         for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(re.sub(r"[][&]|\.\.\.|\w+=\$i", "", line).replace("$i", "0"), comments=True)
-                if words[0] not in ("for", "done"):
+                if words and words[0] not in ("for", "done"):
                     found.append(pytest.param(words, id=f"{page.relative_to(ROOT)}: {' '.join(words[:3])}"))
     return found
 

@@ -34,7 +34,7 @@ def test_complement_and_joins(toy: Toy, granularities: Any, seed: int) -> None:
     assert (c & d) == (d & c) and (c | d) == (d | c) and (c & full) == c and (c | empty) == c
     assert ~full == empty and ~empty == full
     assert c.size + (~c).size == c.size_total and c.iou(c) == 1 and c.iou(~c) == 0
-    for key in space.leaves():
+    for key in space.finest():
         assert not (c.live(*key) & (~c).live(*key)).any()
 
 

@@ -21,11 +21,14 @@ ROW = {"clean": "So Mary is a really good friend, isn't", "corrupted": "So John 
 
 
 def rows() -> list[dict[str, str]]:
-    """Pairs of both genders over several names."""
+    """Pairs of both genders over several names and two sentences, no clean prompt twice."""
     pairs = [(f, m) for f in ("Mary", "Anna", "Sarah", "Lisa") for m in ("John", "Tom", "James", "Peter")]
-    text = "So {} is a really good friend, isn't"
-    return ([{"clean": text.format(f), "corrupted": text.format(m), "answer": " she", "wrong": " he"} for f, m in pairs[::2]]
-            + [{"clean": text.format(m), "corrupted": text.format(f), "answer": " he", "wrong": " she"} for f, m in pairs[1::2]])
+    texts = ("So {} is a really good friend, isn't", "So {} is such a kind person, isn't")
+    women = [{"clean": texts[i % 2].format(f), "corrupted": texts[i % 2].format(m), "answer": " she", "wrong": " he"}
+             for i, (f, m) in enumerate(pairs[::2])]
+    men = [{"clean": texts[i // 2 % 2].format(m), "corrupted": texts[i // 2 % 2].format(f), "answer": " he", "wrong": " she"}
+           for i, (f, m) in enumerate(pairs[1::2])]
+    return women + men
 
 
 @pytest.mark.parametrize(("change", "text"), [

@@ -210,6 +210,12 @@ def test_corrupted_prompts_that_are_missing_in_part_are_counted(toy: Toy) -> Non
     note = "5 of the 24 corrupted prompts are the same as the clean ones, so that nothing is ablated there."
     assert note in tlnp.report(model, circuit_with(model), some, **CHEAP).notes
     assert not any("same as the clean" in one for one in tlnp.report(model, circuit_with(model), prompts, **CHEAP).notes)
+    again = [i for i in range(8) for _ in range(2)]  # the first of each two lacks its corrupted prompt
+    clean, corrupted = prompts.clean[again], prompts.corrupted[again]
+    half = tlnp.PromptPairs(clean, torch.where(torch.arange(16)[:, None] % 2 == 0, clean, corrupted), prompts.answers[again],
+                            prompts.wrong_answers[again], prompts.attention_mask[again])
+    with pytest.raises(ValueError, match="corrupted prompts are missing"):
+        tlnp.report(model, circuit_with(model), half, **CHEAP)
 
 
 def test_the_circuit_is_knocked_out_where_layers_stand_above_what_is_not_gated(toy: Toy) -> None:

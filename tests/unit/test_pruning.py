@@ -241,7 +241,8 @@ def test_corrupted_prompts_that_are_missing_in_part_are_said(toy: Toy, masks: tl
 
 def test_a_result_names_its_loss(toy: Toy, masks: tlnp.NodeMasks) -> None:
     assert masks.prune(toy[1], loss=any_loss, max_loss=9.0, steps=1, exact_tests=0, progress=False).loss == "any_loss"
-    assert masks.prune(toy[1], max_nodes=9, steps=1, exact_tests=0, progress=False).loss == "KL"
+    for budget in ({"max_nodes": 9}, {"loss": tlnp.kl_divergence, "max_loss": 9.0}):
+        assert masks.prune(toy[1], steps=1, exact_tests=0, progress=False, **budget).loss == "KL"
 
 
 def test_the_paper_s_objective_needs_no_kept_stand_ins(toy: Toy, masks: tlnp.NodeMasks) -> None:

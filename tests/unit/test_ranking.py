@@ -159,6 +159,11 @@ def test_rank_names_masks_and_prompts_that_it_cannot_use(toy: Toy) -> None:
         masks = model.add_node_masks(COARSE)
         with pytest.raises(TypeError, match="prompts must be PromptPairs, got list"):
             tlnp.rank(masks, [1, 2], progress=False)  # type: ignore[arg-type]
+        some = tlnp.PromptPairs(prompts.clean, torch.where(torch.arange(24)[:, None] < 5, prompts.clean, prompts.corrupted),
+                                prompts.answers, prompts.wrong_answers, prompts.attention_mask)
+        with pytest.warns(UserWarning, match="5 of the 24 corrupted prompts") as caught:
+            tlnp.rank(masks, some, sizes=(0.5, 1.0), steps=1, progress=False)
+        assert caught[0].filename == __file__
         with pytest.raises(ValueError, match="the loss is constant: 3 for the full model and 3 with every node ablated"):
             tlnp.rank(masks, prompts, loss=lambda logits, full, prompts: logits[:, 0] * 0 + 3, progress=False)
         with pytest.raises(ValueError, match="the loss has no gradient"):

@@ -24,7 +24,7 @@ _KEPT, _CUT = "#4C78A8", "#F58518"  # plotly.colors.qualitative.T10
 
 def history(result: PruneResult, *, task: str = "") -> go.Figure:
     """A search step by step: loss (KL in nats, by default), nodes open, coefficient. Dashed: the circuit that came out, measured on all
-    prompts of the search; its size is in leaf nodes, as the steps' is where every gate above is covered.
+    prompts of the search; its size is in leaf nodes, as the steps' is (those of PaperObjective count every gate).
 
     Raises: TypeError for what is no PruneResult; ValueError where its history is empty.
     """

@@ -120,14 +120,15 @@ def _markers(units: list[_Unit], weight: np.ndarray, by_effect: bool, labels: bo
         if measured:
             marker |= {"color": effects[some], "coloraxis": "coloraxis"} if by_effect else {"color": colour}
         else:
-            marker, label = marker | {"color": _SPINE}, f"{label}, effect not measured"
+            marker |= {"color": _SPINE}
         yield go.Scatter(
             x=[units[i].x for i in some], y=[_height(units[i]) for i in some], mode="markers+text" if labels else "markers", marker=marker,
             name=label, text=[".".join(map(str, (units[i].key.layer, *units[i].index))) for i in some], textfont={"size": 9},
-            textposition="middle right" if name == "mlp" else "bottom center", hovertext=[_words(units[i]) for i in some],
+            textposition="middle right" if name == "mlp" else "bottom center", hovertext=[_words(units[i], by_effect) for i in some],
             hovertemplate="%{hovertext}<extra></extra>")
 
 
-def _words(unit: _Unit) -> str:
+def _words(unit: _Unit, by_effect: bool) -> str:
     values = [f"<br>{name} {value:.4g}" for name, value in (("score", unit.score), ("effect", unit.effect)) if value == value]
+    values += ["<br>effect not measured"] * (by_effect and unit.effect != unit.effect)
     return f"{unit.name}: {unit.detail}{''.join(values)}"
