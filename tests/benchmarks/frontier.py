@@ -34,6 +34,7 @@ import test_stories as stories  # noqa: E402
 from report import EQUAL_BUDGET, Results, budget_name  # noqa: E402
 
 import tl_nodeprune as tlnp  # noqa: E402
+from tl_nodeprune.budget import DISAGREEMENT, PER_NAT  # noqa: E402
 from tl_nodeprune.landscape import Landscape  # noqa: E402
 from tl_nodeprune.probe import find_nodes  # noqa: E402
 
@@ -43,7 +44,8 @@ STORIES = tuple(f"stories3M/{name}" for name in stories.TASKS)
 LAMS, BUDGETS = (0.90, 0.95, 0.97, 0.98, 0.99, 0.995), (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 MARGIN = 1.6  # of the held-out KL of a paper run over the budget of ours that is aimed at it
 NEAR = 1.15  # budgets closer than this are not both run
-AIMS, LOWER, LOWEST = 3, 0.8, 0.25  # runs aimed at one of the paper's; the next budget over what proportion says, over the last at least
+AIMS, CLOSE = 3, 0.75  # runs aimed at one of the paper's, at most; KL over the paper run's that is close enough below it
+NEXT, LOWEST = 0.85, 0.25  # the next budget: over what proportion says; over the last one, at least, and at most one over that
 ONE_GRANULARITY = {"head": "ours, heads only", "mlp_neuron": "ours, MLP neurons only"}
 LENS, DRAWS = "attribution, TransformerLens, whole heads and MLPs", 10
 
@@ -111,18 +113,24 @@ class Bench:
             self.prune("stability", f"{budget_name(EQUAL_BUDGET)}, search seed {seed}", search_seed=seed, max_kl=EQUAL_BUDGET)
 
     def match_paper(self) -> None:
-        """A run of ours aimed at the held-out KL of each paper run, unless one with nearly that budget is there; where it is above that KL,
-        another with a smaller budget."""
+        """Runs of ours aimed at the held-out KL of each paper run, asked to choose as the full model no oftener than that does. Where one
+        is above that KL, or far below it and more than half as large, another with another budget; `AIMS` at most."""
         for paper in self.rows("paper") + self.rows("paper, summed"):
             wanted = paper["kl"] / MARGIN
             for aim in range(AIMS if wanted > 0 else 0):
-                near = [row for row in self.rows("ours") if wanted / NEAR <= row["max_kl"] <= wanted * NEAR]
-                if not near:
-                    self.prune("ours", f"ours, for {paper['method']}" + f", aim {aim + 1}" * (aim > 0), max_kl=wanted)
-                row = near[0] if near else self.rows("ours")[-1]
-                if row["kl"] <= paper["kl"]:
+                row = self.aimed(paper, f"ours, for {paper['method']}" + f", aim {aim + 1}" * (aim > 0), wanted)
+                if row["kl"] <= paper["kl"] and (row["kl"] >= CLOSE * paper["kl"] or row["size"] <= paper["size"] / 2):
                     break
-                wanted *= max(LOWER * paper["kl"] / row["kl"], LOWEST)
+                wanted *= min(max(NEXT * paper["kl"] / row["kl"], LOWEST), 1 / LOWEST)
+
+    def aimed(self, paper: dict[str, Any], method: str, wanted: float) -> dict[str, Any]:
+        """A run of ours at a budget, unless one with nearly that budget is there that is as good to compare."""
+        usual = 1 - max(DISAGREEMENT, PER_NAT * wanted)
+        near = [row for row in self.rows("ours") if wanted / NEAR <= row["max_kl"] <= wanted * NEAR and paper["accuracy"] >= usual]
+        if near:
+            return near[0]
+        self.prune("ours", method, max_kl=wanted, agreement=min(usual, paper["accuracy"]))
+        return next(row for row in self.rows("ours") if row["method"] == method)
 
     def rows(self, kind: str) -> list[dict[str, Any]]:
         return [e for e in self.results.entries if (e["task"], e["seed"], e["kind"]) == (self.task, self.seed, kind)]
