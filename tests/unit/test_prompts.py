@@ -46,13 +46,6 @@ ROW = {"clean": "So Mary is a really good friend, isn't", "corrupted": "So John 
     ({"answer_positions": torch.tensor([0])}, r"answer_positions must be integers \[batch\] with batch=2"),
     ({"answer_positions": torch.tensor([0, 2]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}, r"real tokens.*\[0, 2\]"),
 ])
-def test_prompts_differ_where_their_real_tokens_or_answer_positions_do() -> None:
-    """Padding has an id too, which a real token may have."""
-    ids, mask = torch.tensor([[5, 6, 0]] * 4), torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]])
-    pairs = tlnp.PromptPairs(ids, ids, torch.ones(4, dtype=torch.long), torch.zeros(4, dtype=torch.long), mask, torch.tensor([1, 2, 2, 1]))
-    assert pairs.distinct().tolist() == [0, 1, 1, 2] and len(pairs.without_repeats()) == 3
-
-
 def test_refuses_what_does_not_fit(given: dict[str, Tensor], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         tlnp.PromptPairs(**({"clean": IDS, "corrupted": IDS, "answers": ONE, "wrong_answers": TWO} | given))
@@ -241,3 +234,10 @@ def test_jsonl_is_utf8_with_line_feeds_between_rows(toy: Toy, tmp_path: Path) ->
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"task\.jsonl is no UTF-8 text"):
         tlnp.PromptPairs.from_jsonl(toy[0], path)
+
+
+def test_prompts_differ_where_their_real_tokens_or_answer_positions_do() -> None:
+    """Padding has an id too, which a real token may have."""
+    ids, mask = torch.tensor([[5, 6, 0]] * 4), torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]])
+    pairs = tlnp.PromptPairs(ids, ids, torch.ones(4, dtype=torch.long), torch.zeros(4, dtype=torch.long), mask, torch.tensor([1, 2, 2, 1]))
+    assert pairs.distinct().tolist() == [0, 1, 1, 2] and len(pairs.without_repeats()) == 3
