@@ -57,8 +57,7 @@ def report(
     check_circuit(circuit)
     for name, given in (("prompts", prompts), ("held_out", judged)):
         check_pairs(given, name)
-    repeated, judged = len(judged), judged.without_repeats()
-    repeated -= len(judged)
+    repeated = len(judged) - len(judged := judged.without_repeats())
     for given in (prompts, judged):
         given.check_corrupted(circuit.ablation.name)
     check_counts(n_random=n_random, n_subsets=n_subsets, max_units=max_units, batch_size=batch_size)

@@ -99,7 +99,7 @@ class Results:
 
 def packed(circuit: tlnp.Circuit) -> str:
     """Which leaf nodes are live, a bit each, in the order of the space: base64."""
-    live = torch.cat([circuit.live(*key).flatten() for key in circuit.space.finest()])
+    live = torch.cat([circuit.live(*key).flatten() for key in circuit.space.free()])
     return base64.b64encode(np.packbits(live.numpy()).tobytes()).decode()
 
 
