@@ -21,6 +21,7 @@ from tl_nodeprune.prompts import PromptPairs
 
 HINGE_WEIGHT = 0.2
 FIRST_LOOK = 16  # prompts
+CURVATURES = 9  # rows of a quadratic for each prompt
 
 Record = Callable[[int, float, int, float], None]
 

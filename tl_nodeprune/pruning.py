@@ -95,7 +95,9 @@ def prune(
     agreement: with max_kl, share of the prompts on which the circuit must choose between answer and wrong answer as the full model does;
         by default 0.98, or 1 - 0.4 * max_kl where that is less. 0.98 with a large max_kl asks for the choice alone.
     start: a circuit to start from, say that of a smaller budget, instead of integrated gradients alone.
-    steps: at most; the search stops earlier when nothing improves. step_prompts: prompts per step, more are drawn from at random.
+    steps: at most; the search stops earlier when nothing improves. Where it ends with a large circuit, or one that does not hold on pairs
+        held out, rounds of removals down from the full model come on top, `steps / 5` at most. step_prompts: prompts per step, more are
+        drawn from at random.
     exact_tests: single nodes whose removal is tried exactly at the end, the likeliest first; heads and blocks always are, all of them.
     batch_size: prompts per forward (memory, not result). cache_bytes: stand-ins are kept up to this, recomputed above.
     seed: same seed, same machine, same circuit.

@@ -3,17 +3,19 @@ then exact tests that nothing more can be left out."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from tl_nodeprune.budget import Snapshot
-from tl_nodeprune.landscape import Landscape, Quadratic, Record
+from tl_nodeprune.landscape import CURVATURES, Landscape, Quadratic, Record
 from tl_nodeprune.limits import Limits
 from tl_nodeprune.objective import kl_divergence
 
-RADIUS, WIDEST, WIDEN, NARROW, TRUSTED, DOUBTED = 0.1, 0.2, 1.3, 2.0, 0.7, 0.3
+WIDEN, NARROW, TRUSTED, DOUBTED = 1.3, 2.0, 0.7, 0.3
 ALL_NODES, LEAST_HINGE = 16384, 0.01
-MODEL_PROMPTS = 128  # that the quadratic is of, where there are as many
+MODEL_PROMPTS, MODEL_SIZE = 128, 1 << 28  # that the quadratic is of, where there are as many, and numbers in it at most
 SETTLED, STILL = 0.003, 3  # stop when as many rounds in a row bring less than this share
 STALE = 0.95  # exact tests go by the prices of one circuit until this share of it is left
 
@@ -28,6 +30,9 @@ class Refinement:
     nodes, only the best of the closed ones are candidates.
     """
 
+    radius, widest = 0.1, 0.2  # share of the nodes that a round flips: at first, at most
+    exchanged = 0.25  # exchanges for each of these flips, at most
+
     def __init__(self, landscape: Landscape, rows: Tensor, start: Snapshot, scores: Tensor, *, step_prompts: int,
                  generator: torch.Generator, record: Record) -> None:
         self.landscape, self.budget, self.scores = landscape, landscape.budget, scores
@@ -35,21 +40,22 @@ class Refinement:
         self._prices: list[float] = []
         self._priced: Quadratic | None = None
         self.everything, n = rows, len(rows)
-        some = max(step_prompts, MODEL_PROMPTS)
+        nodes = min(landscape.n, max(2 * start.size, ALL_NODES))
+        some = min(max(step_prompts, MODEL_PROMPTS), max(MODEL_SIZE // (CURVATURES * nodes), 1))
         self.rows = rows if n <= some else rows[torch.randperm(n, generator=generator)[:some]]
         self.best = landscape.snapshot(start.kept, rows)
         self._hinge_limit = max(self.best.measured.hinge, LEAST_HINGE)
 
     def run(self, rounds: int, first_step: int) -> int:
         """Rounds of exchanges and removals, until they bring nothing or `rounds` are over. How many were run."""
-        radius, still = RADIUS, 0
+        radius, still = self.radius, 0
         for n in range(rounds):
             before = self.best
             model = self.landscape.quadratic(before.kept, self.rows, self._candidates(), self.generator)
             exchanges, changes = self._plan(model, max(int(radius * before.size), 2))
             share = self._take(model.nodes, exchanges, changes)
             self.record(first_step + n, self.best.loss, self.best.size, max(self._prices, default=0.0))
-            radius = min(radius * WIDEN, WIDEST) if share > TRUSTED else radius / NARROW if share < DOUBTED else radius
+            radius = min(radius * WIDEN, self.widest) if share > TRUSTED else radius / NARROW if share < DOUBTED else radius
             still = still + 1 if self._merit(self.best) > (1 - SETTLED) * self._merit(before) else 0
             if still >= STILL or not exchanges and not changes:
                 return n + 1
@@ -74,7 +80,7 @@ class Refinement:
         exchanges: list[Move] = []
         changes: list[Move] = []
         limits = self.budget.limits and self.budget.limits.among(model.nodes)
-        while 4 * len(exchanges) < flips and (move := _within(model, limits) if limits else _exchange(model)):
+        while len(exchanges) < self.exchanged * flips and (move := _within(model, limits) if limits else _exchange(model)):
             exchanges.append(move)
         if not self.budget.smallest:
             return exchanges, changes
@@ -164,6 +170,20 @@ class Refinement:
         place[self._priced.nodes] = torch.arange(len(self._priced.nodes))
         live = (group[self.best.kept[group]] for group in groups)
         return torch.stack([self._priced.cost_of_closing(place[group]) for group in live]) if groups else torch.zeros(0)
+
+
+class Descent(Refinement):
+    """The way down from the full model, or from another large circuit within the budget: removals alone, many at a time, the cheapest
+    first. A choice may be less sure than the full model's by as much as the loss may rise."""
+
+    radius, widest, exchanged = 0.3, 0.6, 0.0
+
+    def __init__(self, *circuit: Any, **search: Any) -> None:
+        super().__init__(*circuit, **search)
+        self._hinge_limit = max(self._hinge_limit, self.budget.max_loss)
+
+    def _merit(self, found: Snapshot) -> float:
+        return found.size
 
 
 def _exchange(model: Quadratic) -> Move | None:

@@ -10,7 +10,7 @@ from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.landscape import Landscape, Record
 from tl_nodeprune.objective import kl_divergence
 from tl_nodeprune.preference import Sample
-from tl_nodeprune.refine import Refinement
+from tl_nodeprune.refine import Descent, Refinement
 from tl_nodeprune.search import Search
 
 ROUND_COST = 12  # steps of the search that are worth one round of the refinement
@@ -19,6 +19,7 @@ GAP_COST = 20  # one step in so many goes to each fold's search
 FRESH, TIGHTEST = 1.5, 0.4  # KL on fresh pairs over the budget, at most; the tightest budget over that asked for
 FEW = 0.5  # the budget over that asked for for pairs that are several but too few to hold any out
 NEARLY = 1.05  # a violation of the tighter budget, an estimate, that nothing is paid to get rid of
+LARGE = 1 / 3  # of the nodes: where thresholding ends with more, the way down from the full model is tried too
 MOST = 2  # times the nodes that a cut through the scores may take to meet a budget that opening nodes does not
 
 
@@ -45,12 +46,16 @@ class Stages:
         self.best, self.taken = search.run(), search.taken
         self.order = search.order
         self.landscape.restore(self.best.ablation)
+        if rounds >= 2 and self.budget.smallest and (self.best.violation > 1 or self.best.size > LARGE * self.landscape.n):
+            self._descend(rounds)
         finish = self._refine(search, rounds // 2 if again else rounds)
         if again and self.best.size:
             self._make_room(again)
             finish = self._refine(search, rounds - rounds // 2)
             if self._found_by_scores(search):
                 finish = self._refine(search, 0)
+            elif self.budget.smallest and self.best.violation > NEARLY and self._descend(rounds):
+                finish = self._refine(search, rounds - rounds // 2)
         if self.best.violation > 1 and self.budget.smallest:
             finish = self._within_what_was_asked(search)
         minimal = self.budget.smallest and finish.minimal(exact_tests)
@@ -62,6 +67,15 @@ class Stages:
         self.taken += finish.run(rounds, first_step=self.taken)
         self.best = finish.best
         return finish
+
+    def _descend(self, rounds: int) -> bool:
+        """Whether the way down from the full model comes to a better circuit within the budget as it is now."""
+        full = self.landscape.snapshot(torch.ones(self.landscape.n, dtype=torch.bool), self.everything)
+        descent = Descent(self.landscape, self.everything, full, torch.zeros(self.landscape.n), **self.common)
+        self.taken += descent.run(rounds, first_step=self.taken)
+        if better := self.landscape.budget.better(descent.best, self.landscape.snapshot(self.best.kept, self.everything)):
+            self.best = descent.best
+        return better
 
     def _make_room(self, steps: int) -> None:
         """How much worse than on its own pairs a circuit of this size does on others: searches on three quarters of them, each judged on

@@ -11,7 +11,7 @@ from test_landscape import landscape_of
 import tl_nodeprune as tlnp
 from tl_nodeprune.budget import Budget
 from tl_nodeprune.landscape import Landscape
-from tl_nodeprune.refine import Refinement
+from tl_nodeprune.refine import Descent, Refinement
 
 Toy = tuple[Any, tlnp.PromptPairs]
 
@@ -66,3 +66,19 @@ def test_minimal_means_that_no_unit_can_go(frozen_toy: Toy, granularities: tuple
         if int(kept.sum()) < finish.best.size:
             found = landscape.snapshot(kept, finish.everything)
             assert found.violation > 1 or found.measured.hinge > finish._hinge_limit
+
+
+def test_the_way_down_removes_alone_and_stays_within_the_budget(frozen_toy: Toy) -> None:
+    landscape = landscape_of(frozen_toy, ("attn_neuron", "mlp_out"))
+    landscape.budget = Budget(max_loss=0.1)
+    rows = torch.arange(len(landscape.reference.prompts))
+    descent = Descent(landscape, rows, landscape.snapshot(torch.ones(landscape.n, dtype=torch.bool), rows), torch.zeros(landscape.n),
+                      step_prompts=128, generator=torch.Generator().manual_seed(0), record=lambda *step: None)
+    before = descent.best.kept
+    for _ in range(4):
+        descent.run(1, 0)
+        assert descent.best.violation <= 1 and not (descent.best.kept & ~before).any()
+        before = descent.best.kept
+    lot = torch.zeros(landscape.n, dtype=torch.bool)
+    lot[torch.randperm(landscape.n, generator=torch.Generator().manual_seed(0))[: descent.best.size]] = True
+    assert descent.best.size < 0.8 * landscape.n and landscape.snapshot(lot, rows).violation > 1
