@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.budget import Snapshot
 from tl_nodeprune.hooks import temporary_hooks
 from tl_nodeprune.search import Search
+from tl_nodeprune.stages import Stages
 
 Toy = tuple[Any, tlnp.PromptPairs]
 TOTAL = 288 + 1152 + 288
@@ -257,6 +259,19 @@ def test_with_limits_nothing_is_cut_through_the_scores(toy: Toy, masks: tlnp.Nod
     monkeypatch.setattr(Search, "cut", lambda search: pytest.fail("a cut"))
     found = masks.prune(toy[1], max_nodes={"head": 7}, steps=36, exact_tests=0, progress=False)
     assert not math.isnan(found.gap) and found.circuit.count()["head"] <= 7
+
+
+def test_where_thresholding_stalls_it_goes_down_instead(toy: Toy, masks: tlnp.NodeMasks, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stalled(search: Search) -> Snapshot:
+        land = search.landscape
+        search.scores = torch.zeros(land.n)
+        return land.snapshot(torch.ones(land.n, dtype=torch.bool), search.everything)
+
+    monkeypatch.setattr(Search, "run", stalled)
+    search: dict[str, Any] = {"max_kl": 0.1, "steps": 48, "exact_tests": 0, "progress": False}
+    found = masks.prune(toy[1][:15], **search)
+    monkeypatch.setattr(Stages, "_descend", lambda stages, rounds: False)
+    assert found.kl <= 0.1 and found.circuit.size < 0.9 * masks.prune(toy[1][:15], **search).circuit.size
 
 
 def test_numbers_of_numpy_will_do_and_a_result_is_no_start(toy: Toy, masks: tlnp.NodeMasks) -> None:
