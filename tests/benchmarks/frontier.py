@@ -11,6 +11,7 @@ method) and is the search's own seed. Sizes are live leaf nodes of the full node
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -45,7 +46,7 @@ LAMS, BUDGETS = (0.90, 0.95, 0.97, 0.98, 0.99, 0.995), (0.002, 0.005, 0.01, 0.02
 MARGIN = 1.6  # of the held-out KL of a paper run over the budget of ours that is aimed at it
 NEAR = 1.15  # budgets closer than this are not both run
 AIMS, CLOSE = 3, 0.75  # runs aimed at one of the paper's, at most; KL over the paper run's that is close enough below it
-NEXT, LOWEST = 0.85, 0.25  # the next budget: over what proportion says; over the last one, at least, and at most one over that
+NEXT, LOWEST = 0.85, 0.25  # over the last budget the next is NEXT times what proportion says, at most NEXT or at least 1 / NEXT, no further
 ONE_GRANULARITY = {"head": "ours, heads only", "mlp_neuron": "ours, MLP neurons only"}
 LENS, DRAWS = "attribution, TransformerLens, whole heads and MLPs", 10
 
@@ -114,14 +115,19 @@ class Bench:
 
     def match_paper(self) -> None:
         """Runs of ours aimed at the held-out KL of each paper run, asked to choose as the full model no oftener than that does. Where one
-        is above that KL, or far below it and more than half as large, another with another budget; `AIMS` at most."""
+        is above that KL, or is neither half as large nor both smaller and close to it, another with another budget, midway between
+        those that were too low and too high once there are both; `AIMS` at most."""
         for paper in self.rows("paper") + self.rows("paper, summed"):
-            wanted = paper["kl"] / MARGIN
+            wanted, low, high = paper["kl"] / MARGIN, 0.0, math.inf
             for aim in range(AIMS if wanted > 0 else 0):
                 row = self.aimed(paper, f"ours, for {paper['method']}" + f", aim {aim + 1}" * (aim > 0), wanted)
-                if row["kl"] <= paper["kl"] and (row["kl"] >= CLOSE * paper["kl"] or row["size"] <= paper["size"] / 2):
+                within, close = row["kl"] <= paper["kl"], row["kl"] >= CLOSE * paper["kl"]
+                if within and (row["size"] <= paper["size"] / 2 or close and row["size"] <= paper["size"]):
                     break
-                wanted *= min(max(NEXT * paper["kl"] / row["kl"], LOWEST), 1 / LOWEST)
+                low, high = (max(low, row["max_kl"]), high) if within else (low, min(high, row["max_kl"]))
+                step = max(NEXT * paper["kl"] / max(row["kl"], 1e-9), 1 / NEXT if within else LOWEST)
+                bracketed = low > 0 and high < math.inf
+                wanted = math.sqrt(low * high) if bracketed else row["max_kl"] * min(step, 1 / LOWEST)
 
     def aimed(self, paper: dict[str, Any], method: str, wanted: float) -> dict[str, Any]:
         """A run of ours at a budget, unless one with nearly that budget is there that is as good to compare."""

@@ -33,9 +33,9 @@ keeps whole heads and MLPs until it is at least as large. The best attribution i
 split, of those at most 1.1 x as large as ours. `paper` runs PaperObjective, without "layer" gates and without hinge, its penalty the
 mean over gate tensors (the authors' code for GPT-2); `paper, summed` the same with the sum (their code for Llama).
 Ours is aimed at the held-out KL of each run of theirs, and asked for its choices no oftener than that has them: at 1/1.6 of the KL
-first, then, where that is above it, or far below and more than half as large, lower or higher, three times at most; the time of all
-that were aimed counts. One-granularity runs keep all nodes that they do not gate. Times are CPU seconds of the process,
-compared on one machine only.
+first, then, where that is above it, or more than half as large and either far below it or larger than theirs, lower or higher, and
+midway between two that were too low and too high, three times at most; the time of all that were aimed counts. One-granularity runs
+keep all nodes that they do not gate. Times are CPU seconds of the process, compared on one machine only.
 """
 
 

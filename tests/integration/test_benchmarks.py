@@ -59,18 +59,18 @@ def test_the_figures_follow_from_the_measurements(tmp_path: Path) -> None:
 
 def test_runs_are_aimed_until_one_is_as_faithful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held-out KL here is three times the budget, so the second aim hits; a run that is there is not made again. A run that is far more
-    faithful than needed, and not half as large, is followed by a higher one."""
+    faithful than needed, and not half as large, is followed by a higher one; where the KL jumps, the third lies between the two."""
     results = report.Results(tmp_path, SETTINGS)
     add(results, "paper, lam 0.9", "paper", 500, 0.16, lam=0.9, seconds=10.0)
     options = frontier.options_of(["--out", str(tmp_path), "--quick"])
     bench = frontier.Bench(results, "toy/ioi", 0, options, [])
 
-    times = 3.0
+    times, kl = 3.0, dict[float, float]()
 
     def prune(kind: str, method: str, *, max_kl: float, agreement: float) -> None:
         assert agreement == 1 - max(0.02, 0.4 * max_kl)
         if not results.has("toy/ioi", 0, method):
-            add(results, method, kind, 300, times * max_kl, max_kl=max_kl, seconds=4.0)
+            add(results, method, kind, 300, kl.get(round(max_kl, 4), times * max_kl), max_kl=max_kl, seconds=4.0)
 
     monkeypatch.setattr(bench, "prune", prune)
     for _ in range(2):
@@ -82,6 +82,10 @@ def test_runs_are_aimed_until_one_is_as_faithful(tmp_path: Path, monkeypatch: py
     add(results, "paper, lam 0.95", "paper", 400, 1.6, lam=0.95, seconds=10.0)
     bench.match_paper()
     assert [round(e["max_kl"], 2) for e in results.entries[4:]] == [1.0, 2.72]
+    add(results, "paper, lam 0.98", "paper", 500, 0.016, lam=0.98, seconds=10.0)
+    kl = {0.01: 0.1, 0.0025: 0.004, 0.005: 0.004}
+    bench.match_paper()
+    assert [round(e["max_kl"], 4) for e in results.entries[7:]] == [0.01, 0.0025, 0.005]
 
 
 def test_times_of_two_machines_are_not_compared(tmp_path: Path) -> None:
