@@ -174,13 +174,8 @@ class Circuit(Mapping[str, Tensor]):
                              f"{other.space.granularities} in layers {other.space.layers}, or models of other shapes.")
 
     def check_fits(self, model: Any) -> None:
-        """Raises ValueError where the model lacks a hook point of this circuit or has it in another shape."""
-        have = find_nodes(model).present
-        for key, shape in self.space.shapes.items():
-            if have.get(key) != shape:
-                raise ValueError(f"this circuit was found on another model ({self.space.model_name or 'unnamed'}): it needs "
-                                 f"{key.hook} with {key.granularity} nodes {list(shape)}, this model has "
-                                 f"{list(have[key]) if key in have else 'none there'}.")
+        """Raises ValueError where the model lacks a gate of this circuit or has it in another shape; warns where only its name differs."""
+        self.space.check_fits(find_nodes(model), "this circuit was found on")
 
     def fwd_hooks(self, model: Any, prompts: PromptPairs) -> list[tuple[str, HookFn]]:
         """Hooks for `model.run_with_hooks(prompts.clean, fwd_hooks=...)`; closed nodes take their stand-in for these prompts."""

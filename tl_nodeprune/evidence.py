@@ -22,7 +22,7 @@ from tl_nodeprune.evaluation import evaluate
 from tl_nodeprune.hypotheses import HypothesisTest, equivalence, independence, minimality
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.preference import preference
-from tl_nodeprune.probe import check_ready
+from tl_nodeprune.probe import check_ready, model_name
 from tl_nodeprune.prompts import PromptPairs, check_pairs
 from tl_nodeprune.reporting import Report, Settings
 from tl_nodeprune.runs import Runs
@@ -190,9 +190,8 @@ def _check_fits(model: Any, circuit: Circuit, given: tuple[PromptPairs, ...]) ->
 
 
 def _notes(model: Any, circuit: Circuit, prompts: PromptPairs, judged: PromptPairs, repeated: int, held_out: bool) -> list[str]:
-    notes, name = [], str(getattr(model.cfg, "model_name", ""))
-    if name != circuit.space.model_name:
-        notes.append(f"The circuit was found on a model called {circuit.space.model_name!r}, this one is called {name!r}.")
+    other = circuit.space.other_name(model_name(model))
+    notes = [f"The circuit was found on {other}."] if other else []
     if repeated:
         notes.append(f"{repeated} pairs are left out, since the clean prompt of each is there in another pair already.")
     if same := judged.n_same if circuit.ablation.name == "interchange" else 0:

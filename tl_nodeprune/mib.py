@@ -126,11 +126,7 @@ def as_scores(model: Any, scores: NodeScores | Effects | Mapping[str, Tensor]) -
             below = " and ".join(child.hook for child in space.children(double[0]))
             raise ValueError(f"scores has {double[0].hook!r} and what is in it, {below}: a node is ranked once. Leave one of them out.")
         return NodeScores(gates, space)
-    for key, shape in scores.space.shapes.items():
-        if have.present.get(key) != shape:
-            raise ValueError(f"these scores are of another model ({scores.space.model_name or 'unnamed'}): they are for {key.hook} with "
-                             f"{key.granularity} nodes {list(shape)}, this model has "
-                             f"{list(have.present[key]) if key in have.present else 'none there'}.")
+    scores.space.check_fits(have, "these scores are of")
     return scores
 
 

@@ -47,8 +47,7 @@ def write(model: Any, scores: NodeScores, path: str | Path, *, level: str = "nod
     if level not in LEVELS:
         raise ValueError(f"level={level!r}; allowed: {', '.join(map(repr, LEVELS))}.")
     space = find_nodes(model)
-    if any(space.present.get(key) != shape for key, shape in scores.space.shapes.items()):
-        raise ValueError(f"these scores are of another model ({scores.space.model_name or 'unnamed'}).")
+    scores.space.check_fits(space, "these scores are of")
     if lacking := {key.granularity for key in scores.gates} & {"attn", "layer"}:
         raise ValueError(f"the board has no {' or '.join(sorted(lacking))} nodes; rank heads and MLPs, or finer nodes.")
     kept = scores.top(size)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from numbers import Integral
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -83,6 +85,23 @@ class NodeSpace:
         order = ("attn.hook_z", "hook_attn_out", "mlp.hook_post", "hook_mlp_out", "hook_resid_post")
         names = {key.hook for key in self.shapes}
         return tuple(n for layer in self.layers for o in order if (n := f"blocks.{layer}.{o}") in names)
+
+    def check_fits(self, model: NodeSpace, what: str) -> None:
+        """Raises ValueError where a model, given as its nodes, lacks one of these or has it in another shape. `what`: the message's start.
+
+        Warns where only the name is another: models of one shape, such as two checkpoints, take each other's circuits and scores.
+        """
+        for key, shape in self.shapes.items():
+            if model.present.get(key) != shape:
+                raise ValueError(f"{what} another model ({self.model_name or 'unnamed'}): it needs {key.hook} with {key.granularity} nodes "
+                                 f"{list(shape)}, this model has {list(model.present[key]) if key in model.present else 'none there'}.")
+        if other := self.other_name(model.model_name):
+            warnings.warn(f"{what} {other}. The nodes have the same shapes, so the call goes on.", stacklevel=4)
+
+    def other_name(self, name: str) -> str:
+        """In words, where a model's name is another than this one's, whatever folder either was loaded from; empty where it is the same."""
+        same = Path(name).name == Path(self.model_name).name
+        return "" if same or not (name and self.model_name) else f"a model called {self.model_name!r}, this one is called {name!r}"
 
     def width(self, hook: str) -> tuple[int, ...]:
         """A mask's shape at a hook point: that of the finest granularity living there."""

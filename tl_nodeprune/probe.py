@@ -35,8 +35,13 @@ def find_nodes(model: Any) -> NodeSpace:
     return NodeSpace(
         shapes, shapes, d_model=seen["blocks.0.hook_resid_post"].shape[-1], n_layers=n_layers,
         kv_heads=int(getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads),
-        gated_mlp=bool(getattr(model.cfg, "gated_mlp", False)), model_name=str(getattr(model.cfg, "model_name", "")),
+        gated_mlp=bool(getattr(model.cfg, "gated_mlp", False)), model_name=model_name(model),
     )
+
+
+def model_name(model: Any) -> str:
+    """What its configuration calls a model; empty where it does not say."""
+    return str(getattr(model.cfg, "model_name", None) or "")
 
 
 def device_of(model: Any) -> torch.device:

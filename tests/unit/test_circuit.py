@@ -40,6 +40,21 @@ def test_a_model_of_other_shape(toy: Toy, circuit: tlnp.Circuit, other_model: An
     assert circuit != other and circuit != "circuit"
 
 
+def test_a_model_of_the_same_shapes_and_another_name(toy: Toy, circuit: tlnp.Circuit, monkeypatch: pytest.MonkeyPatch,
+                                                     recwarn: pytest.WarningsRecorder) -> None:
+    model, prompts = toy
+    found = tlnp.evaluate(model, circuit, prompts)
+    monkeypatch.setattr(model.cfg, "model_name", f"some/folder/{tlnp.toy.NAME}")
+    assert tlnp.evaluate(model, circuit, prompts) == found and not recwarn.list
+    monkeypatch.setattr(model.cfg, "model_name", "another")
+    said = rf"was found on a model called '{tlnp.toy.NAME}', this one is called 'another'"
+    with pytest.warns(UserWarning, match=said):
+        assert tlnp.evaluate(model, circuit, prompts) == found
+    with pytest.warns(UserWarning, match=said):
+        notes = tlnp.report(model, circuit, prompts, n_random=2, n_subsets=1, max_units=1, progress=False).notes
+    assert sum("this one is called 'another'" in note for note in notes) == 1
+
+
 @pytest.mark.parametrize("keep", [0, 5, 100, -10, -1])
 def test_a_truncated_file(circuit: tlnp.Circuit, tmp_path: Path, keep: int) -> None:
     path = tmp_path / "c.safetensors"

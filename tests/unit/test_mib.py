@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,9 @@ def test_scores_of_another_model_and_bad_mappings_are_named(toy: Toy, other_mode
     model, prompts = toy
     with pytest.raises(ValueError, match=r"these scores are of another model .*blocks.0.* this model has \[\d+"):
         tlnp.mib.evaluate(model, lot(other_model), prompts)
+    same_shapes = NodeScores((own := lot(model)).gates, replace(own.space, model_name="another"))
+    with pytest.warns(UserWarning, match="these scores are of a model called 'another', this one is called"):
+        tlnp.mib.evaluate(model, same_shapes, prompts)
     for bad, text in (({"blocks.0.mlp.hook_post": torch.zeros(3)}, r"'blocks.0.mlp.hook_post' are \[3\]; this model has mlp_neuron nodes"),
                       ({"blocks.9.hook_mlp_out": torch.zeros(3)}, "no nodes there"), ({}, "scores is empty"),
                       ({"blocks.0.attn.hook_z": torch.full((4,), torch.inf)}, "NaN or inf in the scores of the head nodes of layer 0")):
