@@ -150,8 +150,7 @@ def _under_each_ablation(model: Any, circuit: Circuit, prompts: PromptPairs, jud
 
 
 def _intervals(trial: Trial, seed: int) -> dict[str, tuple[float, float]]:
-    """95 % intervals over prompts: bootstrap, bias-corrected and accelerated where that can be (it cannot where all values are the same),
-    but Wilson's for shares, which a bootstrap gives no width at 0 and 1."""
+    """95 % intervals over prompts: `bootstrap`, but Wilson's for shares, which a bootstrap gives no width at 0 and 1."""
     one = trial.itself
     n = one.score.shape[1]
     if n < FEWEST_FOR_INTERVALS:
@@ -162,24 +161,26 @@ def _intervals(trial: Trial, seed: int) -> dict[str, tuple[float, float]]:
         with np.errstate(all="ignore"):
             return (c.mean(axis) - a.mean(axis)) / (f.mean(axis) - a.mean(axis))  # type: ignore[no-any-return]
 
-    def bootstrap(statistic: Any, *data: NDArray[Any]) -> tuple[float, float]:
-        def interval(method: str) -> tuple[float, float]:
-            with warnings.catch_warnings(), np.errstate(all="ignore"):
-                warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-                found = stats.bootstrap(data, statistic, paired=True, vectorized=True, method=method, n_resamples=2000, axis=-1,
-                                        random_state=np.random.default_rng(seed)).confidence_interval
-            return float(found.low), float(found.high)
-
-        corrected = interval("BCa")
-        return interval("percentile") if any(map(math.isnan, corrected)) else corrected
-
     def share(hits: torch.Tensor) -> tuple[float, float]:
         found = stats.binomtest(int(hits.sum()), n).proportion_ci(method="wilson")
         return float(found.low), float(found.high)
 
-    return {"kl": bootstrap(np.mean, one.kl[0].double().numpy()), "accuracy": share(one.score[0] > 0),
-            "logit_diff": bootstrap(np.mean, circuit), "exact_match": share(one.agrees[0]),
-            "faithfulness": bootstrap(faithfulness, circuit, full, ablated) if trial.share(0) == 0 else (math.nan, math.nan)}
+    return {"kl": bootstrap(np.mean, one.kl[0].double().numpy(), seed=seed), "accuracy": share(one.score[0] > 0),
+            "logit_diff": bootstrap(np.mean, circuit, seed=seed), "exact_match": share(one.agrees[0]),
+            "faithfulness": bootstrap(faithfulness, circuit, full, ablated, seed=seed) if trial.share(0) == 0 else (math.nan, math.nan)}
+
+
+def bootstrap(statistic: Any, *data: NDArray[Any], seed: int) -> tuple[float, float]:
+    """95 % interval of a statistic of paired samples: bias-corrected and accelerated, of percentiles where all values are the same."""
+    def interval(method: str) -> tuple[float, float]:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+            found = stats.bootstrap(data, statistic, paired=True, vectorized=True, method=method, n_resamples=2000, axis=-1,
+                                    random_state=np.random.default_rng(seed)).confidence_interval
+        return float(found.low), float(found.high)
+
+    corrected = interval("BCa")
+    return interval("percentile") if any(map(math.isnan, corrected)) else corrected
 
 
 def _check_fits(model: Any, circuit: Circuit, given: tuple[PromptPairs, ...]) -> None:
