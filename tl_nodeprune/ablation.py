@@ -20,7 +20,8 @@ class Ablation:
     """Where the stand-in of a closed node comes from.
 
     name: "interchange": the node's activation on the paired corrupted prompt; "mean": its mean over the clean prompts that
-        it was fitted on, per position; "zero": 0; "optimal": one learned constant per node (arXiv:2409.09951).
+        it was fitted on, per position; "zero": 0; "optimal": one constant per node (arXiv:2409.09951),
+        learned by `prune`'s own search, the mean before that.
     constants: by hook name; "mean" [pos ...], "optimal" [...] without batch and pos; empty for the others, and before `fit`.
         For hook_resid_post it stands for what the block adds.
     """
@@ -36,7 +37,7 @@ class Ablation:
         """The same name and the same constants."""
         if not isinstance(other, Ablation) or self.name != other.name or set(self.constants) != set(other.constants):
             return False
-        return all(torch.equal(value, other.constants[hook]) for hook, value in self.constants.items())
+        return all(torch.equal(value.cpu(), other.constants[hook].cpu()) for hook, value in self.constants.items())
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -47,7 +48,10 @@ class Ablation:
         return self.name in ("interchange", "zero") or bool(self.constants)
 
     def fit(self, model: Any, prompts: PromptPairs, hooks: Sequence[str], *, batch_size: int = 64) -> Ablation:
-        """With constants from the clean prompts, float32: for "optimal" the mean over positions too, to start learning from."""
+        """With constants from the clean prompts, float32: for "optimal" the mean over positions too, to start learning from.
+
+        Of the model as it runs: masks that are attached are to be off (`masks.inactive()`).
+        """
         if self.fitted:
             return self
         sums, count = _position_sums(model, prompts, hooks, batch_size)
@@ -55,6 +59,10 @@ class Ablation:
             return Ablation(self.name, {hook: (s.sum(0) / count.sum()) for hook, s in sums.items()})
         reach = prompts.reach  # padding that all prompts end in has no mean
         return Ablation(self.name, {hook: s[:reach] / count[:reach].clamp(min=1).view(-1, *[1] * (s.ndim - 1)) for hook, s in sums.items()})
+
+    def cpu(self) -> Ablation:
+        """With its constants on the CPU."""
+        return Ablation(self.name, {hook: value.detach().cpu() for hook, value in self.constants.items()})
 
     def values(self, model: Any, prompts: PromptPairs, hooks: Sequence[str], *, batch_size: int = 64) -> dict[str, Tensor]:
         """The stand-ins for these prompts, by hook name; each broadcasts to the hook's activation [batch pos ...].

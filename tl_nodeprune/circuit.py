@@ -29,9 +29,10 @@ class Circuit(Mapping[str, Tensor]):
     """A frozen set of nodes. As a Mapping: hook name -> mask, 1 = kept, 0 = pruned, float32, at the hook's own shape.
 
     Always consistent: no live child under a closed parent, no live parent with nothing live below.
-    Leaf nodes are those that do not follow from gates below them: nothing there is gated, or not everything. `&`, `|`, `~` work on nodes,
-    and like `==` and `iou` look at nodes only; the ablation stays that of the left circuit. `~` keeps exactly the finest nodes that were
-    pruned; a gate above something that is not gated (a layer whose MLP is not) stays as it is, and so does what is below a closed one.
+    Leaf nodes are those that do not follow from gates below them: nothing there is gated, or not everything; an MLP is none where its
+    neurons or its output dims are gated. `&`, `|`, `~` work on nodes, and like `==` and `iou` look at nodes only; the ablation stays that
+    of the left circuit. Circuits over other nodes raise ValueError, but are unequal. `~` keeps exactly the finest nodes that were pruned; a
+    gate above something that is not gated (a layer whose MLP is not) stays as it is, and so does what is below a closed one.
     """
 
     def __init__(self, space: NodeSpace, gates: Gates, ablation: Ablation = Ablation()) -> None:  # noqa: B008 (frozen)
@@ -40,7 +41,7 @@ class Circuit(Mapping[str, Tensor]):
         for key, gate in gates.items():
             if tuple(gate.shape) != space.shapes[key]:
                 raise ValueError(f"gate {key.granularity} of layer {key.layer} is {tuple(gate.shape)}, expected {space.shapes[key]}.")
-        self.space, self.ablation = space, ablation
+        self.space, self.ablation = space, ablation.cpu()
         self._live = settle(space, {key: gate.detach().cpu().bool() for key, gate in gates.items()})
         self._masks = {hook: combine(space, hook, self._live).float().contiguous() for hook in space.hooks}
 
@@ -71,7 +72,7 @@ class Circuit(Mapping[str, Tensor]):
         return {hook: mask.clone() for hook, mask in self._masks.items()}
 
     def live(self, granularity: str, layer: int) -> Tensor:
-        """Which nodes of one granularity in one layer are live: bool, shaped as the gate tensor."""
+        """Which nodes of one granularity in one layer are live: bool, shaped as the gate tensor. Raises KeyError where it has no gate."""
         key = GateKey(granularity, layer)
         if key not in self._live:
             raise KeyError(f"{granularity!r} is not gated in layer {layer}; gated are {', '.join(self.space.granularities)} "
@@ -79,7 +80,10 @@ class Circuit(Mapping[str, Tensor]):
         return self._live[key].clone()
 
     def nodes(self, granularity: str) -> list[tuple[int, ...]]:
-        """The live nodes of a granularity as (layer, *index): (9,) an attention block, (9, 6) a head, (9, 6, 13) a dim of it."""
+        """The live nodes of a granularity as (layer, *index): (9,) an attention block, (9, 6) a head, (9, 6, 13) a dim of it.
+
+        Raises: KeyError for a granularity that is not gated.
+        """
         if granularity not in self.space.granularities:
             raise KeyError(f"{granularity!r} is not gated in this circuit; gated are {', '.join(self.space.granularities)}.")
         keys = [key for key in self._live if key.granularity == granularity]
@@ -178,7 +182,14 @@ class Circuit(Mapping[str, Tensor]):
         self.space.check_fits(find_nodes(model), "this circuit was found on")
 
     def fwd_hooks(self, model: Any, prompts: PromptPairs) -> list[tuple[str, HookFn]]:
-        """Hooks for `model.run_with_hooks(prompts.clean, fwd_hooks=...)`; closed nodes take their stand-in for these prompts."""
+        """Hooks for `model.run_with_hooks(prompts.clean, fwd_hooks=...)`; closed nodes take their stand-in for these prompts.
+
+        On other prompts of the same shape they are wrong, and can't tell; `applied` can. Where corrupted prompts are missing (the same as
+        the clean ones) interchange ablation changes nothing.
+
+        Raises: RuntimeError where masks or a circuit are attached or the model is in training mode with dropout; ValueError where circuit
+        or prompts do not fit the model, or constants of the ablation do not fit the prompts.
+        """
         self._check_use(model, prompts)
         return self.hooks_on(model, prompts)
 
@@ -217,7 +228,7 @@ class Circuit(Mapping[str, Tensor]):
         Raises: OSError where the file cannot be written, FileNotFoundError where its folder does not exist.
         """
         tensors = {f"gate/{key.granularity}/{key.layer}": live.to(torch.uint8) for key, live in self._live.items()}
-        tensors |= {f"constant/{hook}": value.detach().cpu().contiguous() for hook, value in self.ablation.constants.items()}
+        tensors |= {f"constant/{hook}": value.contiguous() for hook, value in self.ablation.constants.items()}
         description = asdict(self.space) | {name: _to_json(getattr(self.space, name)) for name in ("shapes", "present")}
         header = {"format": _FORMAT, "ablation": self.ablation.name, "space": json.dumps(description)}
         part = Path(f"{path}.part")

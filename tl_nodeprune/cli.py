@@ -15,7 +15,7 @@ import torch
 
 from tl_nodeprune import tasks, toy
 from tl_nodeprune.ablation import as_ablation
-from tl_nodeprune.checks import check_agreement
+from tl_nodeprune.checks import check_agreement, check_counts
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.crosscheck import COARSE, activation_patching
 from tl_nodeprune.evaluation import Evaluation, evaluate
@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--out", type=Path, required=True, help="folder for circuit.safetensors and report.json")
     prune.add_argument("--ablation", default="interchange", help="interchange, mean, zero or optimal (default: %(default)s)")
     prune.add_argument("--granularities", nargs="+", metavar="G", help=f"some of {', '.join(GRANULARITIES)} (default: all)")
+    prune.add_argument("--layers", nargs="+", type=int, metavar="L", help="which to search in (default: all)")
+    prune.add_argument("--steps", type=int, default=200, help="of the search, at most (default: %(default)s)")
+    prune.add_argument("--batch-size", type=int, default=64, help="prompts per forward (default: %(default)s)")
     prune.add_argument("--html", type=Path, help="also write a page about the circuit, on the prompts held out")
     _add_model_and_task(prune, seed=0, prompts=200, seed_of="the named tasks' prompts, the split and the search")
     prune.set_defaults(command=_prune)
@@ -120,14 +123,15 @@ def _prune(args: argparse.Namespace) -> None:
     as_ablation(args.ablation)
     check_agreement(args.agreement)
     check_granularities(args.granularities, GRANULARITIES)
+    check_counts(steps=args.steps, batch_size=args.batch_size)
     if args.html:
         _check_page(args.html)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file; give a folder, which need not exist yet.")
     model = load_model(args.model, args.device)
     train, test = _prompts(args, model).split(0.75, seed=args.seed)
-    result, report = _find(model, train, test, granularities=args.granularities, ablation=args.ablation, max_kl=args.max_kl,
-                           agreement=args.agreement, seed=args.seed)
+    result, report = _find(model, train, test, granularities=args.granularities, layers=args.layers, ablation=args.ablation,
+                           max_kl=args.max_kl, agreement=args.agreement, steps=args.steps, batch_size=args.batch_size, seed=args.seed)
     _show(result, report)
     args.out.mkdir(parents=True, exist_ok=True)
     result.circuit.save(args.out / "circuit.safetensors")
@@ -165,9 +169,9 @@ def load_model(name: str, device: str) -> Any:
     return TransformerBridge.boot_transformers(name, device=device).eval()
 
 
-def _find(model: Any, train: PromptPairs, test: PromptPairs, *, granularities: Sequence[str] | None = None, ablation: str = "interchange",
-          **search: Any) -> tuple[PruneResult, Evaluation]:
-    masks = add_node_masks(model, granularities, ablation=ablation)
+def _find(model: Any, train: PromptPairs, test: PromptPairs, *, granularities: Sequence[str] | None = None,
+          layers: Sequence[int] | None = None, ablation: str = "interchange", **search: Any) -> tuple[PruneResult, Evaluation]:
+    masks = add_node_masks(model, granularities, layers, ablation)
     try:
         result = masks.prune(train, **search)
     finally:

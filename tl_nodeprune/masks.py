@@ -186,8 +186,9 @@ def add_node_masks(model: Any, granularities: Iterable[str] | None = None, layer
     gate: how scores become masks; None: HardConcrete.
 
     Returns the masks; `remove_node_masks(model)` takes them off. Weights are frozen in between.
-    Raises: ValueError for a granularity or layer that is unknown or that the model lacks; RuntimeError where masks or a
-    circuit are attached already. Nothing is attached then.
+    Raises: ValueError for a granularity or layer that is unknown or that the model lacks, and for a model without one stack of blocks that
+    add to the residual stream; RuntimeError where masks or a circuit are attached already, or the model is in training mode with dropout;
+    TypeError for what is no TransformerLens model. Nothing is attached then.
     """
     chosen = as_ablation(ablation)
     if hasattr(model, "hook_dict"):

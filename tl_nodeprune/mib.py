@@ -54,7 +54,7 @@ class FaithfulnessCurve:
 
     @property
     def cpr(self) -> float:
-        """Integrated circuit performance ratio: the area under f over k, by trapezoids. Higher is better, 1 is no bound."""
+        """Integrated circuit performance ratio: the area under f over k, by trapezoids. Higher is better; it can exceed 1."""
         return area(self.sizes, self.f)
 
     @property

@@ -117,6 +117,9 @@ class PaperObjective:
     lam: 0 to 1. weights: per granularity, 1 where not given. hinge: target of the logit difference; None: no hinge
         (the paper: 4 for IOI, 0.1 for gendered pronoun, none for greater-than). summed: as the authors' code for Llama has it, where lam
         weighs as many times more as there are gate tensors; their code for GPT-2 takes the mean. steps: optimiser steps in all.
+        warmup: those over which lam grows from 0.
+
+    Raises: ValueError for lam out of range, weights of unknown granularities, steps or batch_size below 1.
     """
 
     lam: float = 0.95

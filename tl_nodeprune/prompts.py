@@ -87,7 +87,10 @@ class PromptPairs:
 
     @classmethod
     def from_jsonl(cls, model: Any, path: str | Path) -> PromptPairs:
-        """From a file with one JSON object a line: {"clean": str, "corrupted": str, "answer": str, "wrong": str}."""
+        """From a file with one JSON object a line: {"clean": str, "corrupted": str, "answer": str, "wrong": str}; answers may be lists.
+
+        Raises: ValueError with the line's number for what is no such object, and what `from_strings` raises; OSError for no file.
+        """
         columns: dict[str, list[Any]] = {"clean": [], "corrupted": [], "answer": [], "wrong": []}
         try:
             lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -128,7 +131,10 @@ class PromptPairs:
 
     def split(self, share: float, seed: int) -> tuple[PromptPairs, PromptPairs]:
         """Two disjoint sets at random, the first with `share` of the different clean prompts (at least one in each). Pairs with the same
-        clean prompt stay together, so that nothing held out was searched on."""
+        clean prompt stay together, so that nothing held out was searched on.
+
+        Raises: ValueError for a share that is not between 0 and 1, or fewer than 2 different clean prompts.
+        """
         which = self.distinct()
         n = int(which.max()) + 1
         if not 0 < share < 1 or n < 2:

@@ -31,9 +31,10 @@ from tl_nodeprune.survey import searchable, survey
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a search. kl: nats (or the loss given), mean over the step's prompts; size: nodes open; coefficient:
-    the score at the cut for the default search (with limits by granularity, where there is no one cut, that of rank `size`), lam for
-    PaperObjective."""
+    """One step of a search: of thresholding, then a round of the refinement, and between them steps of the searches that measure the gap.
+    kl: nats (or the loss given), mean over the step's prompts, of the worse direction where pairs are searched both ways; size: nodes open;
+    coefficient: the score at the cut (with limits by granularity, where there is no one cut, that of rank `size`), in a round the highest
+    cost of a removal that was planned; lam for PaperObjective."""
 
     step: int
     kl: float
@@ -46,11 +47,12 @@ class PruneResult:
     """What a search found. kl: the binary circuit's mean loss on the prompts it was found on (nats for KL).
 
     converged: whether the budget (max_kl, max_loss) is met, measured so, and the full model does the task on these prompts; always True for
-    an objective. p_value: of the test that it does (see `Preference.p_value`); NaN where none was made. minimal: whether exact tests of all
-    heads, blocks and single nodes found that none can be left out within the budget that the search ended with and without choosing less
-    surely; False where `exact_tests` cut them short, and without max_kl or max_loss. gap: 1 + what circuits of
-    this size, each searched on three quarters of the pairs, have more in KL on the others than on their own (mean of four), over the
-    circuit's KL before room was made for that (NaN where not measured: fewer than 16 different pairs, or 24 steps). seconds: wall time.
+    an objective. p_value: one-sided Wilcoxon signed-rank test over the different clean prompts, that the model prefers the answer more on
+    clean than on corrupted ones; NaN without corrupted ones, or with a loss of one's own or an objective. minimal: whether exact tests of
+    all heads, blocks and single nodes found that none can be left out within the budget that the search ended with and without choosing
+    less surely; False where `exact_tests` cut them short, and without max_kl or max_loss. gap: 1 + (KL on the
+    quarter held out - KL on the three quarters searched on, mean of four circuits of this size) / (KL of the circuit before room was made
+    for that); 1 at least, NaN where not measured (fewer than 16 different pairs, or 24 steps). seconds: wall time.
     peak_memory: bytes, the process's peak on CPU (since its start; 0 on Windows), the allocator's on CUDA (since the search began).
     scores: every leaf node's place, `1 - (place - 1) / n`: kept ones first, each side in the order of the search's own scores. For figures,
     and for what would come next; `rank` makes a ranking that is good at every size. loss: what `kl` is, "KL" or the name of the loss given.
@@ -80,7 +82,8 @@ def prune(
     batch_size: int = 64, step_prompts: int = 64, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True,
 ) -> PruneResult:
     """The smallest circuit whose KL(full || circuit) at the answer positions is at most `max_kl` nats, or the most faithful
-    one of at most `max_nodes` nodes. The masks are left at that circuit, still attached.
+    one of at most `max_nodes` nodes. The masks are left at that circuit, still attached; after
+    an objective they have its gate, hard concrete and straight-through.
 
     A max_kl leaves room for fresh prompts: where circuits do more than 1.5 times worse on pairs held out than on their own (`gap`), what
     is searched within is less, .4 of it at least; with 2 to 15 different pairs, too few to hold any out, half of it.
@@ -96,10 +99,11 @@ def prune(
         by default 0.98, or 1 - 0.4 * max_kl where that is less. 0.98 with a large max_kl asks for the choice alone.
     start: a circuit to start from, say that of a smaller budget, instead of integrated gradients alone.
     steps: at most; the search stops earlier when nothing improves. Where it ends with a large circuit, or one that does not hold on pairs
-        held out, rounds of removals down from the full model come on top, `steps / 5` at most. step_prompts: prompts per step, more are
-        drawn from at random.
-    exact_tests: single nodes whose removal is tried exactly at the end, the likeliest first; heads and blocks always are, all of them.
-    batch_size: prompts per forward (memory, not result). cache_bytes: stand-ins are kept up to this, recomputed above.
+        held out, rounds of removals down from the full model come on top; the search can take twice the time then. step_prompts: prompts
+        per step, more are drawn from at random.
+    exact_tests: with max_kl or max_loss, leaf nodes whose removal is tried exactly at the end, the likeliest first. Heads and blocks
+        above them always are, all of them.
+    batch_size: prompts per forward; memory, and the result hardly. cache_bytes: stand-ins are kept up to this, recomputed above.
     seed: same seed, same machine, same circuit.
 
     Where, with max_kl or max_nodes, the full model on corrupted prompts prefers the wrong answer, as when the corruption swaps two names,
@@ -124,6 +128,7 @@ def prune(
     with tqdm(total=objective.steps if objective else steps, desc="prune", disable=not progress) as bar, _restored_on_error(masks):
         def record(step: int, kl: float, size: int, coefficient: float) -> None:
             history.append(Step(step, kl, size, coefficient))
+            bar.total = max(bar.total, bar.n + 1)  # the way down comes on top
             bar.set_postfix(kl=f"{kl:.4f}", nodes=size, refresh=False)
             bar.update()
 

@@ -83,6 +83,7 @@ ROWS: dict[str, Callable[[random.Random, Words], Row]] = {
 
 def ioi(model: Any, n: int, seed: int) -> PromptPairs:
     """`n` indirect-object prompts ("When Mary and John went to the store, John gave a drink to" -> " Mary", not " John").
+    Corrupted: the same template with three unrelated names.
 
     Raises: ValueError where the model's tokenizer does not have at least five of the names as single tokens.
     """
@@ -90,12 +91,17 @@ def ioi(model: Any, n: int, seed: int) -> PromptPairs:
 
 
 def gendered_pronoun(model: Any, n: int, seed: int) -> PromptPairs:
-    """`n` gendered-pronoun prompts ("So Mary is a really good friend, isn't" -> " she", not " he")."""
+    """`n` gendered-pronoun prompts ("So Mary is a really good friend, isn't" -> " she", not " he").
+    Corrupted: a name of the other gender, so that pairs can be searched on both ways round.
+
+    Raises: ValueError where the model's tokenizer has too few of the names as single tokens.
+    """
     return make("gendered_pronoun", model, n, seed)
 
 
 def greater_than(model: Any, n: int, seed: int) -> PromptPairs:
     """`n` greater-than prompts ("The war lasted from the year 1732 to the year 17" -> 33 to 99, not 02 to 32).
+    Corrupted: the start year ends in 01.
 
     Raises: ValueError where the model's tokenizer does not split four-digit years into two tokens of two digits.
     """

@@ -40,6 +40,7 @@ def rows() -> list[dict[str, str]]:
     ({"--ablation": "noise"}, "unknown ablation 'noise'"),
     ({"--granularities": "heads"}, "unknown granularity 'heads'"),
     ({"--prompts": "0"}, "n=0"),
+    ({"--steps": "0"}, "steps=0"),
     ({"--device": "cuda:99"}, "--device 'cuda:99' cannot be used here"),
     ({"--out": __file__}, "test_cli.py' is a file; give a folder"),
 ])
@@ -70,7 +71,7 @@ def test_usage_error_is_2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_prune_writes_both_files(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task, out = tmp_path / "task.jsonl", tmp_path / "new" / "out"
     task.write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    options = ["--max-kl", "0.2", "--out", str(out), "--html", str(out / "page.html")]
+    options = ["--max-kl", "0.2", "--out", str(out), "--html", str(out / "page.html"), "--steps", "60", "--batch-size", "8"]
     assert main(["prune", "--model", "toy", "--task", str(task), *options]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["circuit.safetensors", "page.html", "report.json"]
     page = (out / "page.html").read_text(encoding="utf-8")
@@ -81,6 +82,12 @@ def test_prune_writes_both_files(toy: Toy, tmp_path: Path, capsys: pytest.Captur
     assert report["converged"] is True and report["kl"] <= 0.2 and report["p_value"] < 0.01 and report["gap"] is None
     assert {"circuit", "full", "ablated"} <= set(report["held_out"])
     assert "leaf nodes" in capsys.readouterr().out
+
+
+def test_prune_in_some_layers(toy: Toy, tmp_path: Path) -> None:
+    options = ["--max-kl", "5", "--steps", "2", "--prompts", "12", "--layers", "-1", "--granularities", "head", "--out", str(tmp_path)]
+    assert main(["prune", "--model", "toy", "--task", "ioi", *options]) == 0
+    assert tlnp.Circuit.load(tmp_path / "circuit.safetensors").space.layers == (toy[0].cfg.n_layers - 1,)
 
 
 def test_the_report_is_json_where_a_figure_is_not_a_number(toy: Toy, tmp_path: Path) -> None:
@@ -119,6 +126,7 @@ def test_show_writes_a_page(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixt
     ({"--html": __file__ + "/page.html"}, "test_cli.py' is a file"),
     ({"--task": "chess"}, "'chess' is no task"),
     ({"--prompts": "0"}, "n=0"),
+    ({"--steps": "0"}, "steps=0"),
 ])
 def test_show_refuses_in_one_line(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str], text: str) -> None:
     saved_circuit(toy, tmp_path / "c.safetensors")
