@@ -73,10 +73,9 @@ class Refinement:
         return ranked.topk(min(len(kept), max(2 * int(kept.sum()), ALL_NODES))).indices
 
     def _plan(self, model: Quadratic, flips: int) -> tuple[list[Move], list[Move]]:
-        """Exchanges that lower the predicted loss (within limits, openings too), then removals (or, above the budget, openings) up to
-        the budget."""
-        room = (1 - self.best.violation) * self.budget.max_loss
-        limit, self._prices = model.loss + room, []
+        """Exchanges that lower the predicted loss (within limits, openings too), then removals up to the budget, or above it openings,
+        until the prediction is within it and half of the flips at least, since less comes true than is predicted."""
+        start, self._prices = model.loss, []
         exchanges: list[Move] = []
         changes: list[Move] = []
         limits = self.budget.limits and self.budget.limits.among(model.nodes)
@@ -84,9 +83,17 @@ class Refinement:
             exchanges.append(move)
         if not self.budget.smallest:
             return exchanges, changes
-        while model.loss > limit and not bool(model.kept.all()):
-            changes.append([i := int(model.costs().masked_fill(model.kept, torch.inf).argmin())])
-            model.flip(i)
+        if self.best.violation > 1:
+            limit = start + min(self.budget.max_loss - self.best.loss, 0)  # 0 where it is only that too many choices differ
+            while 2 * len(changes) < flips or model.loss > limit:
+                costs = model.costs().masked_fill(model.kept, torch.inf)
+                i = int(costs.argmin())
+                if costs[i] >= 0:
+                    break
+                changes.append([i])
+                model.flip(i)
+            return exchanges, changes
+        limit = start + (1 - self.best.violation) * self.budget.max_loss
         while 2 * len(changes) < flips:
             costs = model.costs().masked_fill(~model.kept, torch.inf)
             i = int(costs.argmin())
