@@ -53,8 +53,8 @@ class Budget:
 
     def violation(self, measured: Measured) -> float:
         """At most 1 when within the budget."""
-        allowed = max(DISAGREEMENT, PER_NAT * self.max_loss) if self.agreement is None else 1 - self.agreement
-        return max(measured.loss / self.max_loss, measured.disagreement / max(allowed, 1e-9))
+        allowed = max(DISAGREEMENT, PER_NAT * self.max_loss) if self.agreement is None else 1 - self.agreement + 1e-9
+        return max(measured.loss / self.max_loss, measured.disagreement / allowed)
 
     def better(self, new: Snapshot, old: Snapshot | None) -> bool:
         """Smaller within the budget, or of one size and further within it; for a fixed size or within limits, further within it."""
@@ -107,6 +107,8 @@ def budget_of(space: NodeSpace, max_kl: float | None, agreement: float | None, m
     limit = max_kl if max_kl is not None else max_loss
     if limit is not None and not 0 < limit < float("inf"):
         raise ValueError(f"{chosen[0]}={limit}; it must be a finite number above 0 (nats for max_kl; 0.05 is a good start).")
+    if max_kl is not None and agreement is None:
+        agreement = 1 - max(DISAGREEMENT, PER_NAT * max_kl)  # of what was asked for, also where the search takes less of it
     if limit is not None:
         return Budget(loss or kl_divergence, limit, agreement)
     return Budget(max_size=None if max_nodes is None else count_of("max_nodes", max_nodes, space.free_total()))

@@ -14,7 +14,7 @@ from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit, check_circuit, circuit_logits, full_logits
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.objective import kl_divergence
-from tl_nodeprune.probe import check_ready
+from tl_nodeprune.probe import check_ready, rounding
 from tl_nodeprune.prompts import PromptPairs, check_pairs
 
 
@@ -92,8 +92,8 @@ def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: 
     metrics = {name: _metrics(logits, full, prompts) for name, logits in runs.items()}
     span = metrics["full"].logit_diff - metrics["ablated"].logit_diff
     gained = metrics["circuit"].logit_diff - metrics["ablated"].logit_diff
-    rounding = 1e-5 * max(1.0, abs(metrics["full"].logit_diff))
-    return Evaluation(**metrics, faithfulness=gained / span if abs(span) > rounding else float("nan"), ablation=circuit.ablation.name,
+    told_apart = abs(span) > rounding(model, prompts.logit_diff(full))
+    return Evaluation(**metrics, faithfulness=gained / span if told_apart else float("nan"), ablation=circuit.ablation.name,
                       n_prompts=len(prompts))
 
 

@@ -82,15 +82,18 @@ class Landscape:
             return self._accumulate(flat, rows, step=None, limit=limit if self.budget.loss is kl_divergence else math.inf)
 
     def gradient(self, flat: Tensor, rows: Tensor, step: int) -> tuple[Measured, Tensor]:
-        """`measure`, and the gradient of loss + hinge to the gates [node]. Raises FloatingPointError for NaN or inf logits."""
+        """`measure`, and the gradient of loss + hinge to the gates [node]. Raises FloatingPointError for NaN or inf in either."""
         leaf = flat.detach().clone().requires_grad_(True)
         if self._optimizer:
             self._optimizer.zero_grad()
         with torch.enable_grad():
             measured = self._accumulate(leaf, rows, step)
+        assert leaf.grad is not None
+        if not torch.isfinite(leaf.grad).all():
+            raise FloatingPointError(f"NaN or inf in the gradient of the loss at step {step}; nothing was changed. Is it smooth where the "
+                                     "circuit is the full model (a square root of 0 is not)?")
         if self._optimizer:
             self._optimizer.step()
-        assert leaf.grad is not None
         return measured, leaf.grad
 
     def _accumulate(self, flat: Tensor, rows: Tensor, step: int | None, limit: float = math.inf) -> Measured:
@@ -165,7 +168,7 @@ class Landscape:
     @cached_property
     def _blocks(self) -> dict[GateKey, Tensor]:
         """The flat indices below each block and layer whose gate follows from them."""
-        ids = self.gates(torch.arange(self.n))
+        ids = self.gates(torch.arange(sum(self.sizes)))
         return {key: self._below(key, ids).flatten() for key in self.space.shapes
                 if key.granularity in ("layer", "attn", "mlp") and self.space.covered(key)}
 

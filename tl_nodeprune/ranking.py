@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from tl_nodeprune.budget import Budget, Measured
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.effects import Effects
+from tl_nodeprune.hooks import HookFn
 from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.masks import NodeMasks
 from tl_nodeprune.nodes import GateKey, NodeSpace
@@ -55,6 +57,14 @@ class NodeScores(Mapping[str, Tensor]):
                 raise ValueError(f"NaN or inf in the scores of the {key.granularity} nodes of layer {key.layer}; "
                                  "give a finite number to each.")
         object.__setattr__(self, "gates", gates)
+
+    def __eq__(self, other: object) -> bool:
+        """The same scores for the same nodes."""
+        if not isinstance(other, NodeScores) or set(self.gates) != set(other.gates):
+            return False
+        return all(torch.equal(gate, other.gates[key]) for key, gate in self.gates.items())
+
+    __hash__ = None  # type: ignore[assignment]
 
     @classmethod
     def from_flat(cls, flat: Tensor, space: NodeSpace, ablation: Ablation = Ablation()) -> NodeScores:  # noqa: B008 (frozen)
@@ -117,9 +127,10 @@ class NodeScores(Mapping[str, Tensor]):
 
     def count(self, size: float | int) -> int:
         """How many nodes a share is: the nearest, at least one."""
-        if isinstance(size, bool) or not 0 <= size <= (1 if isinstance(size, float) else self.n):
+        counted = isinstance(size, Integral)
+        if isinstance(size, bool) or not 0 <= size <= (self.n if counted else 1):
             raise ValueError(f"size={size}; give a share of 0.0 to 1.0 as a float, or a count of 0 to {self.n} as an int.")
-        return size if isinstance(size, int) else max(round(size * self.n), 1) if size else 0
+        return int(size) if counted else max(round(size * self.n), 1) if size else 0
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{sum(g.numel() for k, g in self.gates.items() if k.granularity == name)} {name}"
@@ -206,6 +217,9 @@ class _Part(Landscape):
 
     def _masks(self, flat: Tensor) -> dict[str, Tensor]:
         return super()._masks(self.whole(flat))
+
+    def _closed_blocks(self, flat: Tensor) -> list[tuple[str, HookFn]]:
+        return super()._closed_blocks(self.whole(flat))
 
 
 class _Climb:

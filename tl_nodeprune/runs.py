@@ -17,6 +17,7 @@ from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.hooks import mask_hooks, temporary_hooks
 from tl_nodeprune.nodes import NodeSpace
 from tl_nodeprune.objective import Reference, check_finite, kl_divergence
+from tl_nodeprune.probe import rounding
 from tl_nodeprune.prompts import PromptPairs
 
 
@@ -57,10 +58,8 @@ class Runs:
 
     @property
     def resolution(self) -> float:
-        """Differences of scores up to this, logits, are rounding: the mean |score| times the square root of the model's machine precision,
-        or in half precision, where that would be .03 to .09, times twice the precision (.002; bfloat16 .016)."""
-        eps = torch.finfo(next(iter(self.model.parameters())).dtype).eps
-        return float(max(2 * eps, min(eps**0.5, 1e-3)) * self.full.score.abs().mean())
+        """Differences of scores up to this, logits, are `rounding`."""
+        return rounding(self.model, self.full.score)
 
     def __call__(self, circuits: Iterable[Circuit], *, total: int | None = None, desc: str = "circuits") -> Scores:
         """Run circuits, in order. total, desc: for the progress bar."""

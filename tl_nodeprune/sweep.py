@@ -212,7 +212,7 @@ def _runs(model: Any, work: _Work, done: Callable[[], object] = lambda: None) ->
             result = prune(masks, train, max_kl=max_kl, start=start, seed=work.seed, progress=False, **work.search)
         finally:
             masks.remove()
-        found.append(SweepRun(max_kl, work.seed, result, evaluate(model, result.circuit, held_out)))
+        found.append(SweepRun(max_kl, work.seed, result, evaluate(model, result.circuit, held_out, batch_size=work.search["batch_size"])))
         done()
     return found
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.budget import Budget, Measured
+from tl_nodeprune.budget import Budget, Measured, budget_of
 from tl_nodeprune.landscape import Landscape, Quadratic
 from tl_nodeprune.objective import Reference, fisher_probes
 from tl_nodeprune.probe import find_nodes
@@ -126,6 +127,11 @@ def test_what_a_budget_allows(max_loss: float, agreement: float | None, allowed:
     assert budget.violation(Measured(max_loss, 0.0, 0.0)) == pytest.approx(1)
     assert budget.violation(Measured(0.0, allowed, 0.0)) == pytest.approx(1)
     assert Budget(agreement=1.0).violation(Measured(0.0, 0.0, 0.0)) == 0 and Budget(agreement=1.0).violation(Measured(0.0, 0.001, 0.0)) > 1
+
+
+def test_choices_are_allowed_by_what_was_asked_for_not_by_what_the_search_takes_of_it(toy: Toy) -> None:
+    budget = budget_of(find_nodes(toy[0]), 0.5, None, None, None, None, None)
+    assert replace(budget, max_loss=0.2).violation(Measured(0.0, 0.2, 0.0)) == pytest.approx(1)
 
 
 def test_flipping_adds_up_and_back() -> None:

@@ -31,6 +31,18 @@ def test_there_and_back(toy: Toy, tmp_path: Path, level: str, fine: str) -> None
     assert list(tmp_path.iterdir()) == [tmp_path / "scores.json"]
 
 
+def test_there_and_back_beside_masks_that_cut(toy: Toy, tmp_path: Path) -> None:
+    scores = lot(toy[0], "head", "mlp")
+    masks = toy[0].add_node_masks(("head", "mlp"))
+    try:
+        masks.set_to(scores.top(3))
+        tlnp.mib.write(toy[0], scores, tmp_path / "scores.json")
+        assert tlnp.mib.read(toy[0], tmp_path / "scores.json") == scores
+        scores.top(3).check_fits(toy[0])
+    finally:
+        toy[0].remove_node_masks()
+
+
 def test_the_file_as_the_board_has_it(toy: Toy, tmp_path: Path) -> None:
     model, path = toy[0], tmp_path / "scores.json"
     scores = lot(model, "head", "mlp_out")

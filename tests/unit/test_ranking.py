@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,6 +148,34 @@ def test_rank_names_what_is_wrong(toy: Toy, change: dict[str, Any], text: str) -
             tlnp.rank(masks, toy[1], progress=False, **change)
     finally:
         toy[0].remove_node_masks()
+
+
+@pytest.mark.parametrize("granularities", [("head", "mlp"), ("attn", "head", "mlp_neuron")])
+def test_rank_under_zero_ablation(toy: Toy, granularities: tuple[str, ...]) -> None:
+    model, prompts = toy
+    masks = model.add_node_masks(granularities, ablation="zero")
+    try:
+        scores = tlnp.rank(masks, prompts, sizes=(0.1, 0.5, 1.0), steps=4, progress=False)
+        assert scores.ablation.name == "zero" and sorted(scores.flat.tolist())[-1] == 1
+    finally:
+        model.remove_node_masks()
+
+
+def test_a_gradient_that_is_not_finite_is_named(toy: Toy) -> None:
+    model, prompts = toy
+    masks = model.add_node_masks(COARSE)
+    try:
+        with pytest.raises(FloatingPointError, match="NaN or inf in the gradient of the loss at step 0"):
+            tlnp.rank(masks, prompts, loss=lambda logits, full, _: (logits - full).pow(2).sum(-1) + (logits[:, 0] * 0).abs().sqrt(),
+                      steps=2, progress=False)
+    finally:
+        model.remove_node_masks()
+
+
+def test_scores_are_equal_by_their_values_and_counts_may_be_numpy(toy: Toy) -> None:
+    scores = lot(toy[0], COARSE)
+    assert scores == lot(toy[0], COARSE) and scores != lot(toy[0], COARSE, seed=1) and scores != lot(toy[0], ("head",))
+    assert scores.count(np.int64(3)) == 3 and scores.top(np.int64(3)) == scores.top(3)
 
 
 def test_rank_names_masks_and_prompts_that_it_cannot_use(toy: Toy) -> None:
