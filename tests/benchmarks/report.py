@@ -139,7 +139,7 @@ def matches(frame: pd.DataFrame, kind: str = "paper") -> pd.DataFrame:
             best = ours.sort_values(["size", "kl"]).iloc[0]
             timed = grid["machine"].nunique() == 1 and best["machine"] == paper["machine"]
             row |= {"method": best["method"], "ratio": best["size"] / paper["size"]}
-            aimed = same[same["method"].str.startswith(f"ours, for {paper['method']}") & (same["method"] != best["method"])]
+            aimed = same[same["method"].str.split(", aim ").str[0].eq(f"ours, for {paper['method']}") & (same["method"] != best["method"])]
             seconds = best["seconds"] + aimed["seconds"].sum()
             row |= {"of_run": seconds / paper["seconds"]} if timed else {}
             row |= {"of_grid": seconds / grid["seconds"].sum()} if timed and len(grid) >= GRID else {}
