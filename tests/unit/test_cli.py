@@ -126,7 +126,6 @@ def test_show_writes_a_page(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixt
     ({"--html": __file__ + "/page.html"}, "test_cli.py' is a file"),
     ({"--task": "chess"}, "'chess' is no task"),
     ({"--prompts": "0"}, "n=0"),
-    ({"--steps": "0"}, "steps=0"),
 ])
 def test_show_refuses_in_one_line(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str], text: str) -> None:
     saved_circuit(toy, tmp_path / "c.safetensors")
