@@ -31,14 +31,13 @@ class Measured(NamedTuple):
 class Budget:
     """What a circuit must keep: the loss, and for KL also the choice between answer and wrong answer.
 
-    loss: what `max_loss` bounds (mean over prompts). agreement: share of the prompts with the full model's choice, at least; None: what
-    goes with the loss. max_size: leaf nodes at most. limits: nodes of single granularities at most. With neither, as few nodes as the
-    loss allows.
+    loss: what `max_loss` bounds (mean over prompts). agreement: share of the prompts with the full model's choice, at least. max_size: leaf
+    nodes at most. limits: nodes of single granularities at most. With neither, as few nodes as the loss allows.
     """
 
     loss: LossFn = kl_divergence
     max_loss: float = 0.05
-    agreement: float | None = None
+    agreement: float = 1 - DISAGREEMENT
     max_size: int | None = None
     limits: Limits | None = None
 
@@ -53,8 +52,7 @@ class Budget:
 
     def violation(self, measured: Measured) -> float:
         """At most 1 when within the budget."""
-        allowed = max(DISAGREEMENT, PER_NAT * self.max_loss) if self.agreement is None else 1 - self.agreement + 1e-9
-        return max(measured.loss / self.max_loss, measured.disagreement / allowed)
+        return max(measured.loss / self.max_loss, measured.disagreement / (1 - self.agreement + 1e-9))
 
     def better(self, new: Snapshot, old: Snapshot | None) -> bool:
         """Smaller within the budget, or of one size and further within it; for a fixed size or within limits, further within it."""
@@ -107,8 +105,7 @@ def budget_of(space: NodeSpace, max_kl: float | None, agreement: float | None, m
     limit = max_kl if max_kl is not None else max_loss
     if limit is not None and not 0 < limit < float("inf"):
         raise ValueError(f"{chosen[0]}={limit}; it must be a finite number above 0 (nats for max_kl; 0.05 is a good start).")
-    if max_kl is not None and agreement is None:
-        agreement = 1 - max(DISAGREEMENT, PER_NAT * max_kl)  # of what was asked for, also where the search takes less of it
     if limit is not None:
-        return Budget(loss or kl_divergence, limit, agreement)
+        usual = 1 - max(DISAGREEMENT, PER_NAT * limit)  # by what was asked for, also where the search takes less of it
+        return Budget(loss or kl_divergence, limit, usual if agreement is None else agreement)
     return Budget(max_size=None if max_nodes is None else count_of("max_nodes", max_nodes, space.free_total()))

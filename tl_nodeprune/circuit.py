@@ -178,7 +178,7 @@ class Circuit(Mapping[str, Tensor]):
                              f"{other.space.granularities} in layers {other.space.layers}, or models of other shapes.")
 
     def check_fits(self, model: Any) -> None:
-        """Raises ValueError where the model lacks a gate of this circuit or has it in another shape; warns where only its name differs."""
+        """Raises ValueError where the model lacks nodes of this circuit or has them in another shape; warns where only its name differs."""
         self.space.check_fits(find_nodes(model), "this circuit was found on")
 
     def fwd_hooks(self, model: Any, prompts: PromptPairs) -> list[tuple[str, HookFn]]:

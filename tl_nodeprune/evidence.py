@@ -46,7 +46,7 @@ def report(
     n_random: random circuits, and random units that kept ones are compared with. n_subsets: random subsets for completeness.
     alpha: level of the tests. batch_size: rows (circuit and prompt) per forward. The same seed gives the same report.
     Cost: about 3 * n_random + 2 * n_subsets + 2 * (units tried) circuits, and up to 120 for pairs of units, each a forward row per prompt;
-    more where units turn out to be redundant. Where prompts are too few for a test its values are NaN, and its verdict says how many.
+    more where units turn out to be redundant. Where prompts are too few for a test its values are NaN; its verdict says how many it takes.
 
     Raises: ValueError where circuit or prompts do not fit the model, an ablation was not fitted, corrupted prompts are missing where
     the ablation needs them (all the same as the clean ones), ablating all nodes changes nothing (a constant metric), or a number is out

@@ -73,26 +73,17 @@ class Refinement:
         return ranked.topk(min(len(kept), max(2 * int(kept.sum()), ALL_NODES))).indices
 
     def _plan(self, model: Quadratic, flips: int) -> tuple[list[Move], list[Move]]:
-        """Exchanges that lower the predicted loss (within limits, openings too), then removals up to the budget, or above it openings,
-        until the prediction is within it and half of the flips at least, since less comes true than is predicted."""
+        """Exchanges that lower the predicted loss (within limits, openings too), then removals up to the budget, or above it openings."""
         start, self._prices = model.loss, []
         exchanges: list[Move] = []
-        changes: list[Move] = []
         limits = self.budget.limits and self.budget.limits.among(model.nodes)
         while len(exchanges) < self.exchanged * flips and (move := _within(model, limits) if limits else _exchange(model)):
             exchanges.append(move)
         if not self.budget.smallest:
-            return exchanges, changes
+            return exchanges, []
         if self.best.violation > 1:
-            limit = start + min(self.budget.max_loss - self.best.loss, 0)  # 0 where it is only that too many choices differ
-            while 2 * len(changes) < flips or model.loss > limit:
-                costs = model.costs().masked_fill(model.kept, torch.inf)
-                i = int(costs.argmin())
-                if costs[i] >= 0:
-                    break
-                changes.append([i])
-                model.flip(i)
-            return exchanges, changes
+            return exchanges, self._openings(model, flips, start)
+        changes: list[Move] = []
         limit = start + (1 - self.best.violation) * self.budget.max_loss
         while 2 * len(changes) < flips:
             costs = model.costs().masked_fill(~model.kept, torch.inf)
@@ -102,6 +93,21 @@ class Refinement:
             changes.append([i])
             self._prices.append(model.flip(i))
         return exchanges, changes
+
+    def _openings(self, model: Quadratic, flips: int, start: float) -> list[Move]:
+        """Nodes to open, until the prediction is within the budget and half of the flips at least, since less comes true than is predicted.
+        Where it is only that too many choices differ, which nothing predicts: as many nodes again."""
+        over = self.best.loss - self.budget.max_loss
+        least, worst = ((flips + 1) // 2, 0.0) if over > 0 else (max(self.best.size, flips), torch.inf)
+        openings: list[Move] = []
+        while len(openings) < least or over > 0 and model.loss > start - over:
+            costs = model.costs().masked_fill(model.kept, torch.inf)
+            i = int(costs.argmin())
+            if costs[i] >= worst:
+                break
+            openings.append([i])
+            model.flip(i)
+        return openings
 
     def _take(self, nodes: Tensor, exchanges: list[Move], changes: list[Move]) -> float:
         """Take as many moves, in order, as measure better; all exchanges first. The share that was taken, 0 to 1."""

@@ -46,7 +46,8 @@ LAMS, BUDGETS = (0.90, 0.95, 0.97, 0.98, 0.99, 0.995), (0.002, 0.005, 0.01, 0.02
 MARGIN = 1.6  # of the held-out KL of a paper run over the budget of ours that is aimed at it
 NEAR = 1.15  # budgets closer than this are not both run
 AIMS, CLOSE = 3, 0.75  # runs aimed at one of the paper's, at most; KL over the paper run's that is close enough below it
-NEXT, LOWEST = 0.85, 0.25  # over the last budget the next is NEXT times what proportion says, at most NEXT or at least 1 / NEXT, no further
+NEXT, LOWEST = 0.85, 0.25  # the next budget over the last: NEXT times what proportion says; at least LOWEST, or 1 / NEXT where
+# more is wanted; at most 1 / LOWEST
 ONE_GRANULARITY = {"head": "ours, heads only", "mlp_neuron": "ours, MLP neurons only"}
 LENS, DRAWS = "attribution, TransformerLens, whole heads and MLPs", 10
 

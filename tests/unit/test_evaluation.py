@@ -36,6 +36,18 @@ def test_batch_size_is_memory_not_result(toy: Toy) -> None:
     assert a.loc["circuit", "faithfulness"] == pytest.approx((gained - none) / (full - none))
 
 
+def test_faithfulness_in_half_precision_is_nan_where_ablation_changes_rounding_only(fresh_toy: Toy) -> None:
+    """Prompts that differ behind the answer position only."""
+    model, prompts = fresh_toy
+    corrupted, at = prompts.clean.clone(), torch.full_like(prompts.answer_positions, 3)  # type: ignore[arg-type]
+    corrupted[:, 5:8] = prompts.corrupted[:, 5:8]
+    late = tlnp.PromptPairs(prompts.clean, corrupted, prompts.answers, prompts.wrong_answers, prompts.attention_mask, at)
+    empty = tlnp.Circuit.empty(find_nodes(model).restrict(["layer"]))
+    assert math.isnan(tlnp.evaluate(model, empty, late).faithfulness)
+    found = tlnp.evaluate(model.to(torch.bfloat16), empty, late)
+    assert math.isnan(found.faithfulness)
+
+
 def test_faithfulness_is_nan_where_ablation_changes_nothing(toy: Toy) -> None:
     """Equal prompts have their mean."""
     model, prompts = toy

@@ -53,15 +53,16 @@ def test_above_the_budget_it_opens_nodes(frozen_toy: Toy) -> None:
     assert finish.best.violation <= 1 and finish.best.size > 0
 
 
-def test_where_only_choices_differ_it_does_not_open_everything(frozen_toy: Toy) -> None:
+def test_where_only_choices_differ_it_opens_as_many_nodes_again_at_most(frozen_toy: Toy) -> None:
     landscape = landscape_of(frozen_toy, None)
     kept = torch.zeros(landscape.n, dtype=torch.bool)
     kept[torch.randperm(landscape.n, generator=torch.Generator().manual_seed(0))[:200]] = True
     finish = refinement(landscape, kept, Budget(max_loss=1e3, agreement=1.0))
-    assert finish.best.violation > 1 and finish.best.loss < 1e3
+    before = finish.best.violation
+    assert before > 1 and finish.best.loss < 1e3
     finish._hinge_limit = float("inf")
     finish.run(1, 0)
-    assert finish.best.size <= 220
+    assert finish.best.violation < before and finish.best.size <= 400
 
 
 @pytest.mark.parametrize("granularities", [("head", "mlp"), None])

@@ -85,11 +85,16 @@ def test_executors_find_the_same(toy: Toy, few: tlnp.PromptPairs, found: tlnp.Sw
 
 
 def test_steps_and_batch_size_reach_each_search(toy: Toy, few: tlnp.PromptPairs) -> None:
-    """Fewer steps are fewer; the batch size is memory, not result."""
-    circuits = []
+    """Fewer steps are fewer; the batch size is memory, not result, of the search and of what judges it."""
+    circuits, rows = [], list[int]()
     for batch_size in (2, 64):
-        (run,) = tlnp.sweep(toy[0], few, max_kl=(0.1,), seeds=(0,), granularities=("head",), steps=3, batch_size=batch_size,
-                            progress=False).runs
+        handle = toy[0].hook_dict["blocks.0.hook_resid_pre"].register_forward_hook(lambda _, given, out: rows.append(len(out)))
+        try:
+            (run,) = tlnp.sweep(toy[0], few, max_kl=(0.1,), seeds=(0,), granularities=("head",), steps=3, batch_size=batch_size,
+                                progress=False).runs
+        finally:
+            handle.remove()
+        assert rows and max(rows) <= batch_size
         assert len(run.result.history) == 3
         circuits.append(run.result.circuit)
     assert circuits[0] == circuits[1]
