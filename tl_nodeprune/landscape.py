@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -151,19 +151,22 @@ class Landscape:
 
     def _run(self, flat: Tensor, rows: Tensor) -> Tensor:
         masks, stand_ins = self._masks(flat), self.constants or self.reference.stand_ins(rows)
-        hooks = [*mask_hooks(masks, masks.__getitem__, stand_ins.__getitem__), *self._closed_blocks(flat)]
+        hooks = [*mask_hooks(masks, masks.__getitem__, stand_ins.__getitem__), *self._closed_blocks(flat, rows)]
         with temporary_hooks(self.reference.model, hooks):
             return self.reference.logits(self.reference.prompts[rows])
 
-    def _closed_blocks(self, flat: Tensor) -> list[tuple[str, HookFn]]:
-        """Under zero ablation a block in which nothing is open writes 0, not its bias, as it does in the circuit. The gradient is as if it
-        were open, so that what is in it can return."""
-        if self.reference.ablation.name != "zero":
+    def _closed_blocks(self, flat: Tensor, rows: Tensor) -> list[tuple[str, HookFn]]:
+        """Under zero or mean ablation a block in which nothing is open writes its own stand-in, as it does in the circuit: 0, not its bias;
+        its mean, not what a norm after it makes of the means in it. The gradient is as if it were open: what is in it can return."""
+        ablation = self.reference.ablation
+        if ablation.name not in ("zero", "mean"):
             return []
         closed = [key for key, below in self._blocks.items() if not bool((flat[..., below.to(flat.device)] > 0).any())]
         parts = [part for key in closed for part in ((GateKey("attn", key.layer), GateKey("mlp", key.layer))
                                                      if key.granularity == "layer" else (key,))]
-        return [(part.hook, _nothing) for part in dict.fromkeys(parts) if part in self.space.present]
+        hooks = list(dict.fromkeys(part.hook for part in parts if part in self.space.present))
+        stand_ins = ablation.values(self.reference.model, self.reference.prompts[rows], hooks) if hooks else {}
+        return [(hook, partial(_written, value)) for hook, value in stand_ins.items()]
 
     @cached_property
     def _blocks(self) -> dict[GateKey, Tensor]:
@@ -228,9 +231,9 @@ class Landscape:
         return Ablation(kept.name, {**kept.constants, **{hook: value.detach().clone() for hook, value in self.constants.items()}})
 
 
-def _nothing(activation: Tensor, hook: Any) -> Tensor:
-    """0, with the gradient of the activation."""
-    return activation - activation.detach()
+def _written(stand_in: Tensor, activation: Tensor, hook: Any) -> Tensor:
+    """The stand-in, with the gradient of the activation."""
+    return stand_in.to(activation) + activation - activation.detach()
 
 
 def _learned(reference: Reference) -> dict[str, Tensor]:

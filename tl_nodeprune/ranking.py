@@ -101,8 +101,6 @@ class NodeScores(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len({key.hook for key in self.gates})
 
-    __hash__ = None  # type: ignore[assignment]
-
     @property
     def flat(self) -> Tensor:
         """All scores as one vector [node]."""
@@ -218,8 +216,8 @@ class _Part(Landscape):
     def _masks(self, flat: Tensor) -> dict[str, Tensor]:
         return super()._masks(self.whole(flat))
 
-    def _closed_blocks(self, flat: Tensor) -> list[tuple[str, HookFn]]:
-        return super()._closed_blocks(self.whole(flat))
+    def _closed_blocks(self, flat: Tensor, rows: Tensor) -> list[tuple[str, HookFn]]:
+        return super()._closed_blocks(self.whole(flat), rows)
 
 
 class _Climb:

@@ -21,7 +21,7 @@ from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import Evaluation, evaluate
 from tl_nodeprune.masks import add_node_masks
 from tl_nodeprune.parallel import in_tasks, is_loader
-from tl_nodeprune.probe import device_of
+from tl_nodeprune.probe import device_of, find_nodes
 from tl_nodeprune.prompts import PromptPairs, check_pairs
 from tl_nodeprune.pruning import PruneResult, prune
 
@@ -108,11 +108,22 @@ class _Work:
 
     seed: int
     budgets: tuple[float, ...]
-    train: PromptPairs
-    held_out: PromptPairs
+    prompts: PromptPairs
+    share: float
     granularities: tuple[str, ...] | None
     ablation: Ablation
     search: dict[str, Any]
+
+    def parts(self, device: torch.device) -> tuple[PromptPairs, PromptPairs]:
+        """What is searched on, and what judges."""
+        return self.prompts.to(device).split(self.share, self.seed)
+
+    def fitted(self, model: Any) -> Ablation:
+        """The ablation, "mean" with the means of all prompts: one of these must reach as far as any, and the same for all seeds."""
+        if self.ablation.name != "mean":
+            return self.ablation
+        hooks = find_nodes(model).restrict(self.granularities).hooks
+        return self.ablation.fit(model, self.prompts.to(device_of(model)), hooks, batch_size=self.search["batch_size"])
 
 
 def sweep(
@@ -128,8 +139,9 @@ def sweep(
     max_kl (the largest circuit) to the largest, each from the circuit before, so circuits do not grow with the budget.
 
     model: a HookedTransformer or TransformerBridge, left as it was; or a function without arguments that returns a new one
-        at each call. prompts: two or more. granularities, ablation: as `add_node_masks` takes them. agreement, steps,
-        batch_size: of each search, as `prune` takes them.
+        at each call. prompts: two or more. granularities, ablation: as `add_node_masks` takes them; "mean" that is not fitted is of all
+        prompts, the held-out ones too, so that it reaches as far as they do and is the same for all seeds. agreement, steps, batch_size:
+        of each search, as `prune` takes them.
     executor: any concurrent.futures Executor, one task per seed (ThreadPoolExecutor, ProcessPoolExecutor, loky, Dask's
         `client.get_executor()`, mpi4py's pools); None: here, one seed after the other. Every task works on a model of its own:
         in threads a copy; in other processes the pickled model, or, since a TransformerBridge cannot be pickled, what a
@@ -164,7 +176,8 @@ def _works(prompts: PromptPairs, budgets: tuple[float, ...], seeds: tuple[int, .
            granularities: Iterable[str] | None, ablation: Ablation, search: dict[str, Any]) -> list[_Work]:
     check_pairs(prompts)
     names = (granularities,) if isinstance(granularities, str) else None if granularities is None else tuple(granularities)
-    return [_Work(seed, budgets, *prompts.split(share, seed), names, ablation, search) for seed in seeds]
+    prompts.split(share, seeds[0])
+    return [_Work(seed, budgets, prompts, share, names, ablation, search) for seed in seeds]
 
 
 def _budgets(given: Any) -> tuple[float, ...]:
@@ -195,19 +208,18 @@ def _several(name: str, given: Any, kind: type, example: str) -> tuple[Any, ...]
 def _check(model: Any, work: _Work) -> None:
     """Raises what each task would: nodes that are not there, masks or a circuit attached, prompts that do not fit."""
     add_node_masks(model, work.granularities, ablation=work.ablation).remove()
-    work.train.check_fits(model)
-    work.held_out.check_fits(model)
+    work.prompts.check_fits(model)
 
 
 def _runs(model: Any, work: _Work, done: Callable[[], object] = lambda: None) -> list[SweepRun]:
     """One seed's runs, from the smallest budget to the largest. The model is left without masks."""
     _check(model, work)
-    train, held_out = (part.to(device_of(model)) for part in (work.train, work.held_out))
+    (train, held_out), ablation = work.parts(device_of(model)), work.fitted(model)
     found: list[SweepRun] = []
     for max_kl in work.budgets:
         start = found[-1].result.circuit if found else None
         # learned constants go with the circuit that they were learned for; without them it might miss its own budget
-        masks = add_node_masks(model, work.granularities, ablation=start.ablation if start else work.ablation)
+        masks = add_node_masks(model, work.granularities, ablation=start.ablation if start else ablation)
         try:
             result = prune(masks, train, max_kl=max_kl, start=start, seed=work.seed, progress=False, **work.search)
         finally:

@@ -107,6 +107,23 @@ def test_the_agreement_is_each_search_s(toy: Toy, few: tlnp.PromptPairs) -> None
     assert sizes[0] < sizes[1]
 
 
+def test_mean_ablation_is_of_all_prompts_however_long(toy: Toy, few: tlnp.PromptPairs) -> None:
+    """One prompt is longer than the others: wherever it falls, each seed's circuit can be judged, and a consensus be made."""
+    def padded(name: str, columns: int) -> torch.Tensor:
+        tokens = getattr(few, name)
+        return torch.cat([tokens, tokens[:, -1:].expand(-1, columns)], 1)
+
+    width, longest = few.clean.shape[1], torch.arange(len(few)) == 3
+    mask = (torch.arange(width + 2) < width) | longest[:, None]
+    prompts = tlnp.PromptPairs(padded("clean", 2), padded("corrupted", 2), few.answers, few.wrong_answers, mask)
+    found = tlnp.sweep(toy[0], prompts, max_kl=(1.0, 2.0), seeds=range(4), granularities=("mlp",), ablation="mean", steps=4, progress=False)
+    searched_on = {int(prompts.split(0.75, seed)[0].reach) for seed in range(4)}
+    assert searched_on == {width, width + 2}, "both happen here"
+    wanted = tlnp.Ablation("mean").fit(toy[0], prompts, found.runs[0].result.circuit.space.hooks)
+    assert all(run.result.circuit.ablation == wanted for run in found.runs)
+    assert found.consensus(1.0).ablation.name == "mean"
+
+
 def fails(few: tlnp.PromptPairs, model: Any, **options: Any) -> tlnp.Sweep:
     return tlnp.sweep(model, few, max_kl=(0.1,), seeds=(0, 1, 2), granularities=("mlp",), progress=False, **options)
 
