@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,7 @@ class Ablation:
         Raises: ValueError where "mean" was fitted on shorter prompts, or constants for a hook are missing.
         """
         if self.name == "interchange":
-            runs = [capture_nodes(model, batch.corrupted, hooks) for batch in batches(prompts, batch_size)]
+            runs = [capture_nodes(model, batch.corrupted, hooks) for batch in prompts.batches(batch_size)]
             return {hook: torch.cat([run[hook] for run in runs]) for hook in hooks}
         if self.name == "zero":
             return {hook: torch.zeros((), device=prompts.clean.device) for hook in hooks}
@@ -95,16 +95,10 @@ def as_ablation(given: str | Ablation) -> Ablation:
     return given if isinstance(given, Ablation) else Ablation(given)
 
 
-def batches(prompts: PromptPairs, batch_size: int) -> Iterator[PromptPairs]:
-    """The prompts in order, at most `batch_size` at a time."""
-    for start in range(0, len(prompts), batch_size):
-        yield prompts[start:start + batch_size]
-
-
 def _position_sums(model: Any, prompts: PromptPairs, hooks: Sequence[str], batch_size: int) -> tuple[dict[str, Tensor], Tensor]:
     """Sums over prompts of each hook's activation per position, padding left out, and how many prompts reach each position."""
     sums: dict[str, Tensor] = {}
-    for batch in batches(prompts, batch_size):
+    for batch in prompts.batches(batch_size):
         real = batch.attention_mask
         assert real is not None
         for hook, activation in capture_nodes(model, batch.clean, hooks).items():

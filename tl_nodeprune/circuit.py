@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tl_nodeprune.ablation import Ablation, as_ablation, batches
+from tl_nodeprune.ablation import Ablation, as_ablation
 from tl_nodeprune.hooks import Attachment, HookFn, answer_logits, find_attachment, mask_hooks, remove_dead, temporary_hooks
 from tl_nodeprune.nodes import GateKey, Gates, NodeSpace, combine, count_parameters, settle
 from tl_nodeprune.probe import check_ready, find_nodes
@@ -277,7 +277,7 @@ def check_circuit(given: object, name: str = "circuit") -> None:
 def circuit_logits(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: int = 64) -> Tensor:
     """The circuit's logits at the answer positions: [batch d_vocab], float32."""
     logits = []
-    for batch in batches(prompts, batch_size):
+    for batch in prompts.batches(batch_size):
         with torch.no_grad(), temporary_hooks(model, circuit.hooks_on(model, batch)):
             logits.append(full_logits(model, batch))
     return torch.cat(logits)

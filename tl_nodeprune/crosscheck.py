@@ -160,8 +160,7 @@ def _task(model: Any, prompts: PromptPairs, granularities: Iterable[str] | None,
     prompts.check_fits(model)
     pairs = prompts.to(device_of(model))
     sliced = can_slice(model, pairs.clean, positions(pairs))
-    batches = [pairs[rows] for rows in torch.arange(len(pairs)).split(batch_size)]
-    full, other = (torch.cat([answer_logits(model, tokens(batch), positions(batch), sliced) for batch in batches])
+    full, other = (torch.cat([answer_logits(model, tokens(batch), positions(batch), sliced) for batch in pairs.batches(batch_size)])
                    for tokens in (lambda batch: batch.clean, lambda batch: batch.corrupted))
     for logits, which in ((full, "clean"), (other, "corrupted")):
         check_finite(logits, f"the model on the {which} prompts")

@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_nodeprune.ablation import batches
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit, check_circuit, circuit_logits, full_logits
 from tl_nodeprune.masks import masks_off
@@ -86,7 +85,7 @@ def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: 
         circuit.check_fits(model)
         prompts.check_fits(model)
         prompts.check_corrupted(circuit.ablation.name)
-        full = torch.cat([full_logits(model, batch) for batch in batches(prompts, batch_size)])
+        full = torch.cat([full_logits(model, batch) for batch in prompts.batches(batch_size)])
         runs = {"circuit": circuit_logits(model, circuit, prompts, batch_size=batch_size), "full": full,
                 "ablated": circuit_logits(model, Circuit.empty(circuit.space, circuit.ablation), prompts, batch_size=batch_size)}
     metrics = {name: _metrics(logits, full, prompts) for name, logits in runs.items()}

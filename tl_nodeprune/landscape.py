@@ -164,7 +164,8 @@ class Landscape:
         closed = [key for key, below in self._blocks.items() if not bool((flat[..., below.to(flat.device)] > 0).any())]
         parts = [part for key in closed for part in ((GateKey("attn", key.layer), GateKey("mlp", key.layer))
                                                      if key.granularity == "layer" else (key,))]
-        hooks = list(dict.fromkeys(part.hook for part in parts if part in self.space.present))
+        known = [part for part in parts if part in self.space.present and (ablation.name == "zero" or part.hook in ablation.constants)]
+        hooks = list(dict.fromkeys(part.hook for part in known))
         stand_ins = ablation.values(self.reference.model, self.reference.prompts[rows], hooks) if hooks else {}
         return [(hook, partial(_written, value)) for hook, value in stand_ins.items()]
 

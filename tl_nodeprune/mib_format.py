@@ -80,7 +80,11 @@ def read(model: Any, path: str | Path) -> NodeScores:
         cfg, nodes = content["cfg"], content["nodes"]
         if any(cfg[name] != value for name, value in _cfg(model, space).items() if name != "parallel_attn_mlp"):
             raise ValueError(f"it is of another model, {cfg}; this one is {_cfg(model, space)}")
-        fine = all("neuron_scores" in nodes[name] for name, _, head in _names(space) if head is None)
+        blocks = [name for name, _, head in _names(space) if head is None]
+        lacking = [name for name in blocks if "neuron_scores" not in nodes[name]]
+        if lacking and len(lacking) < len(blocks):
+            raise ValueError(f"{', '.join(lacking)} have no neuron_scores, but other MLPs do")
+        fine = not lacking
         some = space.restrict([name for name in ("head", "mlp_out" if fine else "mlp") if name in space.granularities])
         found, lost = {key: torch.zeros(shape) for key, shape in some.shapes.items()}, 0
         for name, layer, head in _names(space):

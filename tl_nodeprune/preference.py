@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from tl_nodeprune.ablation import batches
 from tl_nodeprune.circuit import full_logits
 from tl_nodeprune.objective import check_finite
 from tl_nodeprune.prompts import PromptPairs
@@ -91,7 +90,7 @@ def preference(model: Any, prompts: PromptPairs, batch_size: int) -> Preference:
     """Run the full model on both sides of the pairs. Raises FloatingPointError for NaN or inf."""
     turned = PromptPairs(prompts.corrupted, prompts.clean, prompts.wrong_answers, prompts.answers, prompts.attention_mask,
                          prompts.answer_positions)
-    clean, corrupted = (torch.cat([batch.logit_diff(full_logits(model, batch)) for batch in batches(side, batch_size)])
+    clean, corrupted = (torch.cat([batch.logit_diff(full_logits(model, batch)) for batch in side.batches(batch_size)])
                         for side in (prompts, turned))
     check_finite(torch.stack([clean, corrupted]), "the full model")
     return Preference(prompts, turned, clean, corrupted)

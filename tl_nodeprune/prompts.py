@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,11 @@ class PromptPairs:
             raise ValueError(f"no prompt left of {len(self)} by indexing with {index!r}; PromptPairs holds one or more.")
         return PromptPairs(**{f.name: getattr(self, f.name)[rows.to(self.clean.device)] for f in fields(self)})
 
+    def batches(self, batch_size: int) -> Iterator[PromptPairs]:
+        """The prompts in order, at most `batch_size` at a time."""
+        for start in range(0, len(self), batch_size):
+            yield self[start:start + batch_size]
+
     def to(self, device: torch.device | str) -> PromptPairs:
         """The same prompts on another device."""
         return PromptPairs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
@@ -184,8 +189,7 @@ class PromptPairs:
 
         Raises: ValueError where it answers none.
         """
-        right = torch.cat([self[i:i + batch_size].logit_diff(_logits(model, self[i:i + batch_size])) > 0
-                           for i in range(0, len(self), batch_size)])
+        right = torch.cat([batch.logit_diff(_logits(model, batch)) > 0 for batch in self.batches(batch_size)])
         if not right.any():
             raise ValueError(f"the model answers none of the {len(self)} prompts right; is the tokenizer, the task or the model another's?")
         return self[right.nonzero()[:, 0]]

@@ -14,13 +14,11 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from tl_nodeprune.ablation import batches
-from tl_nodeprune.budget import Budget, Snapshot, budget_of
+from tl_nodeprune.budget import Budget, budget_of
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit, check_circuit, circuit_logits, full_logits
-from tl_nodeprune.landscape import Landscape, Record
+from tl_nodeprune.landscape import Record
 from tl_nodeprune.masks import NodeMasks, masks_off
-from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.objective import LossFn, PaperObjective, Reference, kl_divergence
 from tl_nodeprune.probe import device_of
 from tl_nodeprune.prompts import PromptPairs
@@ -113,11 +111,13 @@ def prune(
 
     Warns where some corrupted prompts are the same as the clean ones. Raises: ValueError for a budget that is missing, doubled, not above
     0, or of nodes that these masks do not gate, an agreement that is no share or without max_kl, prompts that do not fit the model, a loss
-    without a gradient, or a start over other nodes; TypeError for what is no number or no PromptPairs; RuntimeError where the masks are
-    not attached, another circuit is applied, or the model is in training mode with dropout; FloatingPointError at the step where logits
-    or the loss are NaN or inf. The model and the masks are then as before.
+    without a gradient, or a start over other nodes or with an objective; TypeError for what is no number or no PromptPairs; RuntimeError
+    where the masks are not attached, another circuit is applied, or the model is in training mode with dropout; FloatingPointError at
+    the step where logits or the loss are NaN or inf. The model and the masks are then as before.
     """
     budget = budget_of(masks.space, max_kl, agreement, max_nodes, loss, max_loss, objective)
+    if start is not None and objective is not None:
+        raise ValueError("start goes with max_kl, max_nodes or a loss; an objective starts from scores of its own.")
     model = _ready(masks, prompts, start)
     check_counts(steps=steps, batch_size=batch_size, step_prompts=step_prompts)
     check_counts(0, exact_tests=exact_tests)
@@ -199,7 +199,7 @@ def _search(masks: NodeMasks, model: Any, prompts: PromptPairs, budget: Budget, 
         stages = Stages(landscape, sample, step_prompts=step_prompts, generator=generator, record=record)
         minimal = stages.run(steps=steps, exact_tests=exact_tests, start=start)
         masks.ablation = landscape.with_coarse(stages.best.ablation)
-        circuit = landscape.circuit(_without_moot(landscape, stages.best), masks.ablation)
+        circuit = landscape.circuit(stages.best.kept, masks.ablation)
     kl = binary_loss(model, circuit, prompts, budget.loss, batch_size)
     task = {"p_value": pairs.p_value, "no_task": pairs.no_task} if pairs else {}
     order = NodeScores.from_flat(stages.order, masks.space)
@@ -219,23 +219,10 @@ def _paper(masks: NodeMasks, model: Any, prompts: PromptPairs, objective: PaperO
     return _Found(circuit, binary_loss(model, circuit, prompts, kl_divergence, batch_size), order)
 
 
-def _without_moot(landscape: Landscape, best: Snapshot) -> torch.Tensor:
-    """Kept nodes less those with no effect: output dims of an MLP with no neuron kept, neurons of one with no output dim."""
-    flat = best.kept.clone()
-    gates = landscape.gates(flat)  # views into `flat`
-    for layer in landscape.space.layers:
-        neurons, outs = (gates.get(GateKey(name, layer)) for name in ("mlp_neuron", "mlp_out"))
-        if neurons is not None and outs is not None and not (neurons.any() and outs.any()):
-            neurons.zero_()
-            outs.zero_()
-    rows = torch.arange(len(landscape.reference.prompts))
-    return flat if landscape.snapshot(flat, rows).violation <= max(best.violation, 1) else best.kept
-
-
 def binary_loss(model: Any, circuit: Circuit, prompts: PromptPairs, loss: LossFn, batch_size: int) -> float:
     """Mean loss of a binary circuit against the full model, measured without any search shortcut."""
     with masks_off(model):
-        full = torch.cat([full_logits(model, batch) for batch in batches(prompts, batch_size)])
+        full = torch.cat([full_logits(model, batch) for batch in prompts.batches(batch_size)])
         logits = circuit_logits(model, circuit, prompts, batch_size=batch_size)
     return float(loss(logits, full, prompts).mean())
 

@@ -24,11 +24,12 @@ from tl_nodeprune.objective import LossFn, kl_divergence
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.refine import Refinement
 from tl_nodeprune.search import Search
+from tl_nodeprune.stages import ROUND_COST
 from tl_nodeprune.survey import searchable, survey
 
 SIZES: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of the nodes at which MIB judges scores (arXiv:2504.13151)."""
-ROUND_COST, ROUNDS_SHARE = 12, 3  # steps that a round of refinement is worth; one step in so many goes into them
+ROUNDS_SHARE = 3  # one step in so many goes into rounds of refinement
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,7 +39,7 @@ class NodeScores(Mapping[str, Tensor]):
     As a Mapping: hook name -> scores at the shape of the gate tensor there, [head d_head] or [head] for hook_z, [d_mlp], [d_model], [].
     gates: the same by (granularity, layer), float32 on the CPU. ablation: what stands in for a node that is left out.
 
-    Raises: ValueError where a gate tensor is missing, of another shape, or holds NaN or inf.
+    Raises: ValueError where a gate tensor is missing, of another shape, or holds NaN or inf; TypeError where it is no tensor.
     """
 
     gates: Mapping[GateKey, Tensor]
@@ -52,6 +53,9 @@ class NodeScores(Mapping[str, Tensor]):
                 given = list(self.gates[key].shape) if key in self.gates else "missing"
                 raise ValueError(f"scores of the {key.granularity} nodes of layer {key.layer} are {given}; "
                                  f"expected {list(self.space.shapes[key])}.")
+            if not isinstance(self.gates[key], Tensor):
+                raise TypeError(f"scores of the {key.granularity} nodes of layer {key.layer} are {type(self.gates[key]).__name__}; "
+                                "give a tensor (torch.as_tensor).")
             gates[key] = self.gates[key].detach().float().cpu()
             if not torch.isfinite(gates[key]).all():
                 raise ValueError(f"NaN or inf in the scores of the {key.granularity} nodes of layer {key.layer}; "

@@ -117,10 +117,10 @@ class Search:
             return min(int(k * GROW) + 1, self.landscape.n), float("inf")
         return k, lowest
 
-    def grow(self, k: int, rows: Tensor) -> Snapshot:
+    def grow(self, k: int) -> Snapshot:
         """The smallest circuit within the budget that adds nodes by attribution to the last one; the full model at worst."""
         order = self._top(k, self.scores) * self.path_gradient.abs().max() * 2 + self.path_gradient.abs()
-        return self._bisect(order, k, self.landscape.n, rows)
+        return self._bisect(order, k, self.landscape.n)
 
     @property
     def order(self) -> Tensor:
@@ -131,25 +131,25 @@ class Search:
 
     def cut(self) -> Snapshot:
         """The smallest circuit within the landscape's budget as it is now, by `order`."""
-        return self._bisect(self.order, 0, self.landscape.n, self.everything)
+        return self._bisect(self.order, 0, self.landscape.n)
 
     def _trim(self, best: Snapshot) -> Snapshot:
         """Drop the lowest scores of a circuit that is within the budget, as many as it allows; the scores are those it was cut from."""
         self.landscape.restore(best.ablation)
         assert best.scores is not None
-        trimmed = self._bisect(torch.where(best.kept, best.scores, -torch.inf), 0, best.size, self.everything)
+        trimmed = self._bisect(torch.where(best.kept, best.scores, -torch.inf), 0, best.size)
         return trimmed if self.budget.better(trimmed, best) else best
 
-    def _bisect(self, order: Tensor, low: int, high: int, rows: Tensor) -> Snapshot:
+    def _bisect(self, order: Tensor, low: int, high: int) -> Snapshot:
         """Between two sizes, a small one within the budget when nodes are kept in `order`; the larger end if none is."""
         found = high
         while low < high:
             middle = (low + high) // 2
-            if self.landscape.snapshot(self._top(middle, order), rows, limit=1).violation <= 1:
+            if self.landscape.snapshot(self._top(middle, order), self.everything, limit=1).violation <= 1:
                 found = high = middle
             else:
                 low = middle + 1
-        return self.landscape.snapshot(self._top(found, order), rows, order)
+        return self.landscape.snapshot(self._top(found, order), self.everything, order)
 
 
 def _rms(gradient: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.landscape import Landscape, Record
+from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.objective import kl_divergence
 from tl_nodeprune.preference import Sample
 from tl_nodeprune.refine import Descent, Refinement
@@ -20,6 +21,7 @@ FRESH, TIGHTEST = 1.5, 0.4  # KL on fresh pairs over the budget, at most; the ti
 FEW = 0.5  # the budget over that asked for for pairs that are several but too few to hold any out
 NEARLY = 1.05  # a violation of the tighter budget, an estimate, that nothing is paid to get rid of
 LARGE = 1 / 3  # of the nodes: where thresholding ends with more, the way down from the full model is tried too
+MOOT = 1 + 1e-4  # times the violation with nodes that have no effect: rounding
 MOST = 2  # times the nodes that a cut through the scores may take to meet a budget that opening nodes does not
 
 
@@ -60,7 +62,21 @@ class Stages:
             finish = self._within_what_was_asked(search)
         minimal = self.budget.smallest and finish.minimal(exact_tests)
         self.best = finish.best
+        self._drop_moot()
         return minimal
+
+    def _drop_moot(self) -> None:
+        """Closes what has no effect: output dims of an MLP with no neuron kept, neurons of one with no output dim."""
+        kept = self.best.kept.clone()
+        gates = self.landscape.gates(kept)  # views into `kept`
+        for layer in self.landscape.space.layers:
+            neurons, outs = (gates.get(GateKey(name, layer)) for name in ("mlp_neuron", "mlp_out"))
+            if neurons is not None and outs is not None and not (neurons.any() and outs.any()):
+                neurons.zero_()
+                outs.zero_()
+        without = self.landscape.snapshot(kept, self.everything)
+        if without.violation <= max(self.best.violation * MOOT, 1.0 if self.budget.smallest else 0.0):
+            self.best = without
 
     def _refine(self, search: Search, rounds: int) -> Refinement:
         finish = Refinement(self.landscape, self.everything, self.best, search.scores, **self.common)  # type: ignore[arg-type]
@@ -111,7 +127,7 @@ class Stages:
         self.landscape.budget = self.budget
         self.best = self.landscape.snapshot(self.best.kept, self.everything)
         if self.best.violation > 1:
-            self.best = search.grow(self.best.size, self.everything)
+            self.best = search.grow(self.best.size)
         elif self.best.loss > 0:
             self.landscape.budget = replace(self.budget, max_loss=self.best.loss)
         return self._refine(search, 0)

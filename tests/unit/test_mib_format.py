@@ -110,6 +110,11 @@ def test_what_cannot_be_read_is_named(toy: Toy, other_model: Any, tmp_path: Path
     with pytest.raises(ValueError, match="it is of another model"):
         tlnp.mib.read(other_model, path)
     content = json.loads(path.read_text())
+    content["nodes"]["m0"]["neuron_scores"] = [0.0] * 96
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="m1, m2 have no neuron_scores, but other MLPs do"):
+        tlnp.mib.read(toy[0], path)
+    del content["nodes"]["m0"]["neuron_scores"]
     del content["nodes"]["a1.h2"]
     for text in (json.dumps(content), "{", "[]", path.read_text()[:200]):
         path.write_text(text)

@@ -197,6 +197,8 @@ def test_a_start_must_be_over_the_same_nodes_and_is_kept_where_nothing_is_smalle
     other = tlnp.Circuit.full(masks.space.restrict("head"))
     with pytest.raises(ValueError, match="start is a circuit over other nodes, head in layers"):
         masks.prune(prompts, max_kl=0.3, start=other)
+    with pytest.raises(ValueError, match="start goes with max_kl, max_nodes or a loss; an objective starts from scores of its own"):
+        masks.prune(prompts, objective=tlnp.PaperObjective(), start=found.circuit)
     model.remove_node_masks()
 
 

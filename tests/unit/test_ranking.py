@@ -96,6 +96,8 @@ def test_wrong_scores_are_named(toy: Toy) -> None:
         gates = {k: v for k, v in {**good.gates, key: bad}.items() if v is not None}
         with pytest.raises(ValueError, match=text):
             NodeScores(gates, good.space)
+    with pytest.raises(TypeError, match="scores of the head nodes of layer 1 are ndarray; give a tensor"):
+        NodeScores({**good.gates, key: np.zeros(4)}, good.space)
 
 
 def test_a_part_of_a_landscape_is_the_landscape_with_the_rest_held(toy: Toy) -> None:

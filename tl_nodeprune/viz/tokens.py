@@ -12,7 +12,6 @@ from circuitsvis.utils.render import RenderedHTML
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.ablation import batches
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit, full_logits
 from tl_nodeprune.hooks import capture, mask_hooks, temporary_hooks
@@ -120,7 +119,7 @@ def position_effects(model: Any, circuit: Circuit, one: PromptPairs, *, batch_si
         check_ready(model)
         repeated = one[[0] * (width + 1)]  # the last row is the circuit itself
         runs, start = [], 0
-        for batch in batches(repeated, batch_size):
+        for batch in repeated.batches(batch_size):
             runs.append(batch.logit_diff(_run_without(model, circuit, batch, range(start, start + len(batch)))))
             start += len(batch)
     logit_diff = torch.cat(runs).cpu()
