@@ -4,17 +4,20 @@
 run again. The stories3M tasks need TL_NODEPRUNE_MODELS.
 
 Half of the prompts that the full model answers right to score on, the others to judge on; the same split for every method. Two levels:
-"neuron", every leaf node (head dims, MLP neurons, MLP output dims), and "node", heads and MLP blocks.
+"neuron", every leaf node (head dims, MLP neurons, MLP output dims), and "node", heads and MLP blocks. With --bounds, where nodes are so
+few that all circuits of the sizes can be run, the best of each size on the prompts judged on: no ranking can reach more.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,13 @@ import report  # noqa: E402
 
 import tl_nodeprune as tlnp  # noqa: E402
 from tl_nodeprune.landscape import Landscape  # noqa: E402
+from tl_nodeprune.masks import masks_off  # noqa: E402
+from tl_nodeprune.nodes import NodeSpace  # noqa: E402
+from tl_nodeprune.runs import Runs  # noqa: E402
 
 LEVELS: dict[str, tuple[str, ...] | None] = {"neuron": None, "node": ("head", "mlp")}
 FOR_CMD, FOR_CPR = "ours, distance (for CMD)", "ours, shortfall (for CPR)"
+ALL, FEW = "all circuits of each size", 10_000
 OURS = {"ours, KL": tlnp.kl_divergence, FOR_CMD: tlnp.mib.distance, FOR_CPR: tlnp.mib.shortfall}
 
 
@@ -64,6 +71,8 @@ def measure(task: str, level: str, seed: int, options: argparse.Namespace, add: 
             train_cmd=own.cmd, train_f=own.f, seconds=seconds, scored_on=len(train), judged_on=len(test))
 
     with frontier.attached(model, LEVELS[level]) as masks:
+        if options.bounds and ALL not in done and circuits_of(masks.space.free_total()) <= FEW:
+            add(task=task, level=level, seed=seed, method=ALL, judged_on=len(test), **bounds(model, masks.space, test))
         with masks.inactive():
             land = baselines.landscape(masks, train)
             for method, score in SCORES.items():
@@ -76,6 +85,33 @@ def measure(task: str, level: str, seed: int, options: argparse.Namespace, add: 
             judge(method, lambda loss=loss: tlnp.rank(masks, train, loss=loss, steps=options.steps, seed=seed, progress=False))  # type: ignore[misc]
 
 
+def counts(n: int) -> list[int]:
+    """How many of `n` nodes each size below 1 is."""
+    return [max(round(size * n), 1) for size in tlnp.mib.SIZES[:-1]]
+
+
+def circuits_of(n: int) -> int:
+    return sum(math.comb(n, count) for count in set(counts(n)))
+
+
+def bounds(model: Any, space: NodeSpace, prompts: tlnp.PromptPairs) -> dict[str, Any]:
+    """f nearest to 1 and the highest f of all circuits of each size, and the CMD and CPR that follow: of nested circuits or not."""
+    start, n = time.process_time(), space.free_total()
+    with masks_off(model):
+        runs = Runs(model, prompts, space, tlnp.Ablation(), batch_size=256)
+
+        def f_of(count: int) -> Tensor:
+            kept = (torch.zeros(n).index_fill_(0, torch.tensor(nodes), 1.0) for nodes in combinations(range(n), count))
+            return (runs(tlnp.NodeScores.from_flat(one, space).top(count) for one in kept).score.mean(1) - ablated) / (full - ablated)
+
+        full, ablated = float(runs.full.score.mean()), float(runs([tlnp.Circuit.empty(space)]).score.mean())
+        found = {count: f_of(count) for count in set(counts(n))}
+    nearest, highest = ([float(f[pick(f)]) for count in counts(n) for f in [found[count]]] + [1.0]
+                        for pick in (lambda f: (1 - f).abs().argmin(), lambda f: f.argmax()))
+    cmd, cpr = tlnp.mib.area(tlnp.mib.SIZES, [abs(1 - f) for f in nearest]), tlnp.mib.area(tlnp.mib.SIZES, highest)
+    return {"cmd": cmd, "cpr": cpr, "f": nearest, "nodes": [*counts(n), n], "seconds": time.process_time() - start}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """CPR and CMD by method, the two figures to reach, each by our ranking that is made for it, and what bounds them."""
     frame = pd.DataFrame(rows)
@@ -84,12 +120,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     for (task, level), some in frame.groupby(["task", "level"], sort=False):
         means = some.groupby("method", sort=False)[["cmd", "cpr", "train_cmd", "train_cpr", "seconds"]].mean().round(4)
         others = means[means.index.str.startswith("attribution")]
-        floor = some.groupby("seed")["f"].agg(lowest_cmd).mean()
+        floor = some[some["method"] != ALL].groupby("seed")["f"].agg(lowest_cmd).mean()
         parts += [f"## {task}, {level} level, seeds {some['seed'].unique().tolist()}\n", report.markdown(means.reset_index()),
                   f"CMD, ours / best attribution: {means.loc[FOR_CMD, 'cmd'] / others['cmd'].min():.2f} (to reach: 0.5). Were f at each "
                   f"size the highest of any method here, up to 1: {floor:.4f}, {floor / others['cmd'].min():.2f} of the best "
                   f"attribution's.\n",
                   f"CPR, ours and best attribution: {means.loc[FOR_CPR, 'cpr']:.3f}, {others['cpr'].max():.3f} (to reach: above it).\n"]
+        if ALL in means.index:
+            least = means.loc[ALL, "cmd"]
+            parts.append(f"Of all circuits of each size the best on the prompts judged on: CMD {least:.4f}, "
+                         f"{least / others['cmd'].min():.2f} of the best attribution's; CPR {means.loc[ALL, 'cpr']:.3f}. No ranking can "
+                         "reach more.\n")
     return "\n".join(parts)
 
 
@@ -108,6 +149,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--steps", type=int, default=60, help="of our searches, per size")
     parser.add_argument("--toy-prompts", type=int, default=200, help="of each task of the embedded model")
     parser.add_argument("--draws", type=int, default=3, help="random rankings")
+    parser.add_argument("--bounds", action="store_true", help="run all circuits of each size where they are at most " + str(FEW))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

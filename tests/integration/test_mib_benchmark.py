@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tl_nodeprune as tlnp
 
@@ -42,3 +44,19 @@ def test_it_runs_and_runs_no_measurement_twice(tmp_path: Path, capsys: pytest.Ca
     mib.main(options)
     assert json.loads((tmp_path / "results.json").read_text()) == rows and "CMD 0" not in capsys.readouterr().out.split("##")[0]
     assert "CMD, ours / best attribution" in (tmp_path / "table.md").read_text()
+
+
+def test_no_ranking_is_outside_the_bounds(toy: tuple[Any, tlnp.PromptPairs]) -> None:
+    model, prompts = toy[0], toy[1][:6]
+    masks = model.add_node_masks(("attn", "mlp"))
+    try:
+        found = mib.bounds(model, masks.space, prompts)
+    finally:
+        model.remove_node_masks()
+    sets = [(c[i % 3], *c) for i, c in enumerate(combinations(range(6), 3))]  # each three nodes, with each node as the best of some
+    assert {first for first, *_ in sets} == set(range(6))
+    scores = [tlnp.NodeScores.from_flat(torch.zeros(6).index_add_(0, torch.tensor(nodes), torch.ones(4)), masks.space) for nodes in sets]
+    curves = [tlnp.mib.evaluate(model, each, prompts) for each in scores]
+    nearest = [min(abs(1 - curve.f[i]) for curve in curves) for i in range(10)]
+    assert [abs(1 - f) for f in found["f"]] == pytest.approx(nearest, abs=1e-5) and found["nodes"] == list(curves[0].nodes)
+    assert found["cmd"] <= min(curve.cmd for curve in curves) + 1e-6 and found["cpr"] >= max(curve.cpr for curve in curves) - 1e-6
