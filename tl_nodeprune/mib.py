@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
-from jaxtyping import Float
 from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation, as_ablation
@@ -17,22 +16,13 @@ from tl_nodeprune.effects import Effects
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.mib_format import read, write
 from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.objective import distance, shortfall
 from tl_nodeprune.probe import check_ready, find_nodes
 from tl_nodeprune.prompts import PromptPairs, check_pairs
 from tl_nodeprune.ranking import SIZES, NodeScores, check_sizes
 from tl_nodeprune.runs import Runs
 
 __all__ = ["SIZES", "FaithfulnessCurve", "area", "distance", "evaluate", "read", "shortfall", "write"]
-
-
-def distance(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
-    """A loss for `rank` that leads to a low CMD: `(d_circuit - d_full)^2`, d the logit difference; logits squared."""
-    return (prompts.logit_diff(logits) - prompts.logit_diff(full)).pow(2)
-
-
-def shortfall(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
-    """A loss for `rank` that leads to a high CPR: `d_full - d_circuit`, d the logit difference; logits."""
-    return prompts.logit_diff(full) - prompts.logit_diff(logits)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,16 @@ def kl_divergence(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "b
     return (target.exp() * (target - log_q)).sum(-1)
 
 
+def distance(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
+    """A loss for `rank` that leads to a low CMD: `(d_circuit - d_full)^2`, d the logit difference; logits squared."""
+    return (prompts.logit_diff(logits) - prompts.logit_diff(full)).pow(2)
+
+
+def shortfall(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
+    """A loss for `rank` that leads to a high CPR: `d_full - d_circuit`, d the logit difference; logits."""
+    return prompts.logit_diff(full) - prompts.logit_diff(logits)
+
+
 def choice_hinge(logits: Tensor, full: Tensor, prompts: PromptPairs) -> Tensor:
     """How far the circuit is from choosing between answer and wrong answer as clearly as wanted: [batch], logits.
 

@@ -195,7 +195,8 @@ def _ready(masks: NodeMasks, prompts: PromptPairs, start: Circuit | None) -> Any
 def _search(masks: NodeMasks, model: Any, prompts: PromptPairs, budget: Budget, record: Record, generator: torch.Generator, *,
             start: Circuit | None, steps: int, exact_tests: int, batch_size: int, step_prompts: int, cache_bytes: int) -> _Found:
     with masks.inactive():
-        landscape, sample, pairs = survey(masks, prompts, budget, batch_size=batch_size, cache_bytes=cache_bytes)
+        landscape, sample, pairs = survey(masks, prompts, budget, both_ways=budget.loss is kl_divergence, batch_size=batch_size,
+                                          cache_bytes=cache_bytes)
         stages = Stages(landscape, sample, step_prompts=step_prompts, generator=generator, record=record)
         minimal = stages.run(steps=steps, exact_tests=exact_tests, start=start)
         masks.ablation = landscape.with_coarse(stages.best.ablation)

@@ -20,7 +20,7 @@ from tl_nodeprune.hooks import HookFn
 from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.masks import NodeMasks
 from tl_nodeprune.nodes import GateKey, NodeSpace
-from tl_nodeprune.objective import LossFn, kl_divergence
+from tl_nodeprune.objective import LossFn, distance, kl_divergence
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.refine import Refinement
 from tl_nodeprune.search import Search
@@ -150,7 +150,8 @@ def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence
     the circuits are nested. The masks stay as they are.
 
     loss: fn(circuit_logits, full_logits, prompts) -> [batch], its mean is lowered at each size; KL(full || circuit) as given. For MIB
-        see `mib.distance` (CMD) and `mib.shortfall` (CPR).
+        see `mib.distance` (CMD) and `mib.shortfall` (CPR). By KL and `mib.distance` pairs are searched on in both directions where `prune`
+        does that.
     sizes: shares of the nodes, ascending, the last 1. anchor: share. steps: per size, at most. All else as in `prune`.
 
     Raises: ValueError for sizes that are not so, a loss that is the same with every node ablated, or "optimal" ablation, whose constants
@@ -161,7 +162,8 @@ def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence
     counts = sorted({max(round(size * masks.space.free_total()), 1) for size in sizes[:-1]})
     first = min(counts, key=lambda count: abs(math.log(count / (anchor * masks.space.free_total()))))
     with masks.inactive(), tqdm(total=len(counts), desc="rank", disable=not progress) as bar:
-        landscape = survey(masks, prompts, LowestLoss(loss), batch_size=batch_size, cache_bytes=cache_bytes).landscape
+        landscape = survey(masks, prompts, LowestLoss(loss), both_ways=loss in (kl_divergence, distance), batch_size=batch_size,
+                           cache_bytes=cache_bytes).landscape
         _check_varies(landscape)
         climb = _Climb(landscape, bar, steps=steps, step_prompts=step_prompts, generator=torch.Generator().manual_seed(seed))
         climb.run(first, counts)

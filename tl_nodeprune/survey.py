@@ -9,7 +9,7 @@ from tl_nodeprune.budget import Budget
 from tl_nodeprune.hooks import find_attachment
 from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.masks import NodeMasks
-from tl_nodeprune.objective import Reference, kl_divergence
+from tl_nodeprune.objective import Reference
 from tl_nodeprune.preference import Preference, Sample, preference
 from tl_nodeprune.probe import check_ready
 from tl_nodeprune.prompts import PromptPairs, check_pairs
@@ -35,18 +35,19 @@ def searchable(masks: NodeMasks, prompts: PromptPairs, *, stacklevel: int) -> An
 
 class Survey(NamedTuple):
     """landscape: over all free nodes; sample: the prompts to search on, of one direction or both; pairs: what the full model does on the
-    prompts given, None for a loss of one's own."""
+    prompts given, None where it was not asked."""
 
     landscape: Landscape
     sample: Sample
     pairs: Preference | None
 
 
-def survey(masks: NodeMasks, prompts: PromptPairs, budget: Budget, *, batch_size: int, cache_bytes: int) -> Survey:
-    """Fit the ablation, run the full model, keep the stand-ins. Call it with the masks inactive."""
+def survey(masks: NodeMasks, prompts: PromptPairs, budget: Budget, *, both_ways: bool, batch_size: int, cache_bytes: int) -> Survey:
+    """Fit the ablation, run the full model, keep the stand-ins. Call it with the masks inactive. both_ways: pairs that are prompts of the
+    task in either direction are searched on in both; for a loss that says how like the full model's the output is."""
     model, space = masks.model, masks.space
     ablation = masks.asked_ablation.fit(model, prompts, space.hooks, batch_size=batch_size)
-    pairs = preference(model, prompts, batch_size) if budget.loss is kl_divergence else None
+    pairs = preference(model, prompts, batch_size) if both_ways else None
     sample = pairs.sample() if pairs else Sample.of(prompts)
     hooks = tuple(dict.fromkeys(key.hook for key in space.free()))
     reference = Reference(model, sample.prompts, ablation, hooks, batch_size=batch_size, cache_bytes=cache_bytes)

@@ -105,7 +105,7 @@ def test_a_part_of_a_landscape_is_the_landscape_with_the_rest_held(toy: Toy) -> 
     masks = model.add_node_masks(COARSE)
     try:
         with masks.inactive():
-            whole = survey(masks, prompts, Budget(), batch_size=64, cache_bytes=1 << 30).landscape
+            whole = survey(masks, prompts, Budget(), both_ways=True, batch_size=64, cache_bytes=1 << 30).landscape
             rows, held = torch.arange(len(whole.groups)), torch.zeros(whole.n, dtype=torch.bool)
             held[[1, 4]] = True
             part = _Part(whole, torch.tensor([0, 2, 5]), held, 2)
