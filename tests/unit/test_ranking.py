@@ -11,6 +11,7 @@ import torch
 import tl_nodeprune as tlnp
 from tl_nodeprune.budget import Budget
 from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.preference import preference
 from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.ranking import LowestLoss, NodeScores, _Part
 from tl_nodeprune.survey import survey
@@ -203,3 +204,18 @@ def test_rank_names_masks_and_prompts_that_it_cannot_use(toy: Toy) -> None:
         model.remove_node_masks()
     with pytest.raises(RuntimeError, match="not attached to a model"):
         tlnp.rank(masks, prompts, progress=False)
+
+
+@pytest.mark.parametrize("loss", [tlnp.mib.distance, tlnp.mib.shortfall])
+def test_pairs_that_work_both_ways_are_ranked_on_both_ways(toy: Toy, loss: Any) -> None:
+    """For a loss that says how like the full model's the output is, pairs and the same pairs turned round are the same prompts; where more
+    logit difference is better, they are not."""
+    model, found = toy[0], preference(toy[0], tlnp.toy.load("gendered_pronoun", n=24)[1], 64)
+    strong = ((found.clean > 1) & (found.corrupted > 1)).nonzero()[:, 0]
+    pairs, turned = found.prompts[strong], found.turned[strong]
+    masks = model.add_node_masks(COARSE)
+    try:
+        one, other = (tlnp.rank(masks, each, loss=loss, steps=3, progress=False) for each in (pairs, turned))
+    finally:
+        model.remove_node_masks()
+    assert len(pairs) > 10 and (one == other) == (loss is tlnp.mib.distance)
