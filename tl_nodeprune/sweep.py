@@ -114,10 +114,6 @@ class _Work:
     ablation: Ablation
     search: dict[str, Any]
 
-    def parts(self, device: torch.device) -> tuple[PromptPairs, PromptPairs]:
-        """What is searched on, and what judges."""
-        return self.prompts.to(device).split(self.share, self.seed)
-
     def fitted(self, model: Any) -> Ablation:
         """The ablation, "mean" with the means of all prompts: one of these must reach as far as any, and the same for all seeds."""
         if self.ablation.name != "mean":
@@ -176,7 +172,7 @@ def _works(prompts: PromptPairs, budgets: tuple[float, ...], seeds: tuple[int, .
            granularities: Iterable[str] | None, ablation: Ablation, search: dict[str, Any]) -> list[_Work]:
     check_pairs(prompts)
     names = (granularities,) if isinstance(granularities, str) else None if granularities is None else tuple(granularities)
-    prompts.split(share, seeds[0])
+    prompts.split(share, seeds[0])  # raises where they cannot be, before any search
     return [_Work(seed, budgets, prompts, share, names, ablation, search) for seed in seeds]
 
 
@@ -214,7 +210,8 @@ def _check(model: Any, work: _Work) -> None:
 def _runs(model: Any, work: _Work, done: Callable[[], object] = lambda: None) -> list[SweepRun]:
     """One seed's runs, from the smallest budget to the largest. The model is left without masks."""
     _check(model, work)
-    (train, held_out), ablation = work.parts(device_of(model)), work.fitted(model)
+    train, held_out = work.prompts.to(device_of(model)).split(work.share, work.seed)
+    ablation = work.fitted(model)
     found: list[SweepRun] = []
     for max_kl in work.budgets:
         start = found[-1].result.circuit if found else None
