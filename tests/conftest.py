@@ -41,6 +41,13 @@ def toy() -> Toy:
     return tlnp.toy.load("ioi", n=24)
 
 
+@pytest.fixture(scope="session")
+def others(toy: Toy) -> tlnp.PromptPairs:
+    """Sixteen different prompts of the toy's task, none of them among its own."""
+    more, own = tlnp.toy.load("ioi", n=80)[1].without_repeats(), toy[1].clean.tolist()
+    return more[[i for i, row in enumerate(more.clean.tolist()) if row not in own][:16]]
+
+
 @pytest.fixture(scope="session", params=["TransformerBridge", "HookedTransformer"])
 def each_toy(request: pytest.FixtureRequest) -> Toy:
     """The embedded model as each of TransformerLens' classes; HookedTransformer is gone from version 4."""

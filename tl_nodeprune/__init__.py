@@ -15,20 +15,19 @@ from tl_nodeprune.evaluation import Evaluation, evaluate
 from tl_nodeprune.evidence import report
 from tl_nodeprune.gates import HardConcrete
 from tl_nodeprune.gates import Step as StepGate
+from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.masks import NodeMasks, add_node_masks, remove_node_masks
 from tl_nodeprune.nodes import GRANULARITIES
-from tl_nodeprune.objective import PaperObjective, kl_divergence
 from tl_nodeprune.prompts import PromptPairs
-from tl_nodeprune.pruning import PruneResult, prune
-from tl_nodeprune.ranking import NodeScores, rank
 from tl_nodeprune.reporting import Report
-from tl_nodeprune.sweep import Sweep, sweep
+from tl_nodeprune.scores import NodeScores
+from tl_nodeprune.search import Estimate, PaperObjective, PruneResult, Sweep, estimate, prune, rank, sweep
 
 __version__ = "0.1.0"
 __all__ = [
-    "GRANULARITIES", "Ablation", "Circuit", "Evaluation", "HardConcrete", "NodeMasks", "NodeScores", "PaperObjective", "PromptPairs",
-    "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "crosscheck", "evaluate", "hypotheses", "kl_divergence", "mib", "prune",
-    "rank", "remove_node_masks", "report", "sweep", "tasks", "toy", "viz",
+    "GRANULARITIES", "Ablation", "Circuit", "Estimate", "Evaluation", "HardConcrete", "NodeMasks", "NodeScores", "PaperObjective",
+    "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "crosscheck", "estimate", "evaluate", "hypotheses",
+    "kl_divergence", "mib", "prune", "rank", "remove_node_masks", "report", "sweep", "tasks", "toy", "viz",
 ]
 
 

@@ -9,8 +9,9 @@ import torch
 from tl_nodeprune.ablation import Ablation
 from tl_nodeprune.circuit import Circuit, circuit_logits
 from tl_nodeprune.hooks import mask_hooks, temporary_hooks
-from tl_nodeprune.objective import Reference, kl_divergence
+from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.reference import Reference
 
 RATE = 0.02  # Adam's
 STEPS, STEP_PROMPTS = 40, 32

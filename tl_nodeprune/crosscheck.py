@@ -17,11 +17,12 @@ from tl_nodeprune.agreement import Agreement, GranularityAgreement, NodeScore, a
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.effects import DIRECTIONS, Effects
 from tl_nodeprune.hooks import answer_logits, capture_nodes, mask_hooks, temporary_hooks
+from tl_nodeprune.losses import LossFn, check_finite
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.nodes import GateKey, NodeSpace
-from tl_nodeprune.objective import LossFn, check_finite, positions
 from tl_nodeprune.probe import can_slice, check_ready, device_of, find_nodes
 from tl_nodeprune.prompts import PromptPairs, check_pairs
+from tl_nodeprune.reference import positions
 
 __all__ = [
     "COARSE", "Agreement", "Effects", "GranularityAgreement", "NodeScore", "activation_patching", "agreement", "attribution_patching",

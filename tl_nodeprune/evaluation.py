@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit, check_circuit, circuit_logits, full_logits
+from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.masks import masks_off
-from tl_nodeprune.objective import kl_divergence
 from tl_nodeprune.probe import check_ready, rounding
 from tl_nodeprune.prompts import PromptPairs, check_pairs
 

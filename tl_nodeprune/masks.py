@@ -18,7 +18,7 @@ from tl_nodeprune.probe import check_ready, device_of, find_nodes
 from tl_nodeprune.prompts import PromptPairs
 
 if TYPE_CHECKING:
-    from tl_nodeprune.pruning import PruneResult
+    from tl_nodeprune.search import PruneResult
 
 
 class NodeMasks(nn.Module):

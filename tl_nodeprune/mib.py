@@ -13,14 +13,14 @@ from tl_nodeprune.ablation import Ablation, as_ablation
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.effects import Effects
+from tl_nodeprune.losses import distance, shortfall
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.mib_format import read, write
 from tl_nodeprune.nodes import GateKey
-from tl_nodeprune.objective import distance, shortfall
 from tl_nodeprune.probe import check_ready, find_nodes
 from tl_nodeprune.prompts import PromptPairs, check_pairs
-from tl_nodeprune.ranking import SIZES, NodeScores, check_sizes
 from tl_nodeprune.runs import Runs
+from tl_nodeprune.scores import SIZES, NodeScores, check_sizes
 
 __all__ = ["SIZES", "FaithfulnessCurve", "area", "distance", "evaluate", "read", "shortfall", "write"]
 

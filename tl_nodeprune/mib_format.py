@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.probe import find_nodes
-from tl_nodeprune.ranking import NodeScores
+from tl_nodeprune.scores import NodeScores
 
 LEVELS: tuple[str, ...] = ("node", "neuron")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,23 +10,26 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from tl_nodeprune.circuit import full_logits
-from tl_nodeprune.objective import check_finite
+from tl_nodeprune.hooks import answer_logits
+from tl_nodeprune.losses import check_finite
+from tl_nodeprune.probe import can_slice
 from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.reference import positions
 
-GIVEN, TURNED = 0, 1  # groups of prompts
 TURNED_SHARE = 0.5
 SIGNIFICANT, FEWEST = 0.01, 7
 
 
 @dataclass(frozen=True)
 class Preference:
-    """The full model's logit differences: of the answers on the clean prompts, and of the answers exchanged on the corrupted ones."""
+    """The full model's logit differences: of the answers on the clean prompts, and of the answers exchanged on the corrupted ones; and its
+    answer logits there."""
 
     prompts: PromptPairs
     turned: PromptPairs
     clean: Float[Tensor, "batch"]
     corrupted: Float[Tensor, "batch"]
+    logits: tuple[Float[Tensor, "batch d_vocab"], Float[Tensor, "batch d_vocab"]]
 
     @property
     def p_value(self) -> float:
@@ -36,8 +38,7 @@ class Preference:
         no difference anywhere; NaN where there are no corrupted prompts (they are the clean ones) to compare with."""
         if not self.prompts.has_corrupted:
             return float("nan")
-        which, gains = self.prompts.distinct(), (self.clean + self.corrupted).double().cpu()
-        means = (torch.zeros(self.n_different, dtype=torch.double).index_add_(0, which, gains) / which.bincount()).numpy()
+        means = by_prompt(self.prompts.distinct(), self.clean + self.corrupted)
         return float(stats.wilcoxon(means, alternative="greater").pvalue) if (means != 0).any() else 1.0
 
     @property
@@ -50,47 +51,52 @@ class Preference:
         """Whether the pairs are enough to tell, and show no task."""
         return self.n_different >= FEWEST and self.p_value > SIGNIFICANT
 
-    def sample(self) -> Sample:
-        """The prompts to search on: those GIVEN, and TURNED ones where the model prefers the wrong answer on the corrupted prompt, if
-        it does so on average at least half as strongly as it prefers the answer on the clean one: only then the corrupted
-        prompts are prompts of the task themselves."""
-        pairs = self.prompts.distinct()
+    @property
+    def both_ways(self) -> bool:
+        """Whether the corrupted prompts are prompts of the task themselves: the model prefers the wrong answer there, on average at least
+        half as strongly as it prefers the answer on the clean ones."""
         enough = self.corrupted.mean() >= TURNED_SHARE * self.clean.mean() > 0
-        if not enough or self.prompts.answers.shape != self.prompts.wrong_answers.shape:
-            return Sample(self.prompts, torch.full_like(pairs, GIVEN), pairs)
+        return bool(enough) and self.prompts.answers.shape == self.prompts.wrong_answers.shape
+
+    def sample(self, both_ways: bool) -> Sample:
+        """The prompts as given, and both ways also the pairs turned round, where the model prefers the wrong answer."""
+        pairs = self.prompts.distinct()
         also = (self.corrupted.cpu() > 0).nonzero()[:, 0]
+        if not both_ways or not len(also):
+            return Sample(self.prompts, pairs, self.logits[0])
         again = self.turned[also]
         both = {f.name: torch.cat([getattr(self.prompts, f.name), getattr(again, f.name)]) for f in fields(PromptPairs)}
-        groups = torch.cat([torch.full_like(pairs, GIVEN), torch.full_like(also, TURNED)])
-        return Sample(PromptPairs(**both), groups, torch.cat([pairs, pairs[also]]))
+        return Sample(PromptPairs(**both), torch.cat([pairs, pairs[also]]), torch.cat([self.logits[0], self.logits[1][also]]))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Prompts to search on, each one's group (GIVEN or TURNED) and which pair it is of, pairs with one clean prompt being one."""
+    """Prompts, which different clean prompt each one is of (turned round, of the pair's), and the full model's answer logits."""
 
     prompts: PromptPairs
-    groups: Int[Tensor, "prompt"]
     pairs: Int[Tensor, "prompt"]
+    full: Float[Tensor, "prompt d_vocab"]
 
-    @classmethod
-    def of(cls, prompts: PromptPairs) -> Sample:
-        """All prompts as given."""
-        return cls(prompts, torch.full((len(prompts),), GIVEN), prompts.distinct())
-
-    def folds(self, n: int, generator: torch.Generator) -> Iterator[tuple[Int[Tensor, "a"], Int[Tensor, "b"]]]:
-        """The indices of the prompts n times over in two sets of whole pairs; each pair is once in the second."""
-        fold = torch.randperm(int(self.pairs.max()) + 1, generator=generator) % n
-        for i in range(n):
-            held = (fold == i)[self.pairs]
-            yield (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+    def some(self, most: int) -> Tensor:
+        """At most so many of the prompts, spread over all: their indices."""
+        n = len(self.prompts)
+        return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most).long()
 
 
 def preference(model: Any, prompts: PromptPairs, batch_size: int) -> Preference:
     """Run the full model on both sides of the pairs. Raises FloatingPointError for NaN or inf."""
     turned = PromptPairs(prompts.corrupted, prompts.clean, prompts.wrong_answers, prompts.answers, prompts.attention_mask,
                          prompts.answer_positions)
-    clean, corrupted = (torch.cat([batch.logit_diff(full_logits(model, batch)) for batch in side.batches(batch_size)])
-                        for side in (prompts, turned))
-    check_finite(torch.stack([clean, corrupted]), "the full model")
-    return Preference(prompts, turned, clean, corrupted)
+    sliced = can_slice(model, prompts.clean, positions(prompts))
+    with torch.no_grad():
+        logits = [torch.cat([answer_logits(model, batch.clean, positions(batch), sliced) for batch in side.batches(batch_size)])
+                  for side in (prompts, turned)]
+    for found in logits:
+        check_finite(found, "the full model")
+    return Preference(prompts, turned, prompts.logit_diff(logits[0]), turned.logit_diff(logits[1]), (logits[0], logits[1]))
+
+
+def by_prompt(pairs: Int[Tensor, "prompt"], values: Float[Tensor, "prompt"]) -> Any:
+    """The mean of values over each different pair, as a double array of numpy."""
+    counts = pairs.bincount()
+    return (torch.zeros(len(counts), dtype=torch.double).index_add_(0, pairs, values.double().cpu()) / counts).numpy()

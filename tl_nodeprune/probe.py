@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +49,18 @@ def model_name(model: Any) -> str:
 def device_of(model: Any) -> torch.device:
     """Where a model takes its tokens."""
     return next(iter(model.parameters())).device  # type: ignore[no-any-return]
+
+
+def peak_memory(model: Any) -> int:
+    """Bytes: the process's peak on CPU since its start (0 on Windows), the allocator's on CUDA."""
+    if device_of(model).type == "cuda":
+        return torch.cuda.max_memory_allocated(device_of(model))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def check_ready(model: Any) -> None:

@@ -123,7 +123,10 @@ class PromptPairs:
         rows = torch.arange(len(self))[chosen if isinstance(chosen, slice) or chosen.numel() else slice(0)].reshape(-1)
         if not len(rows):
             raise ValueError(f"no prompt left of {len(self)} by indexing with {index!r}; PromptPairs holds one or more.")
-        return PromptPairs(**{f.name: getattr(self, f.name)[rows.to(self.clean.device)] for f in fields(self)})
+        taken, rows = object.__new__(PromptPairs), rows.to(self.clean.device)
+        for f in fields(self):  # past the checks, which these prompts have stood
+            object.__setattr__(taken, f.name, getattr(self, f.name)[rows])
+        return taken
 
     def batches(self, batch_size: int) -> Iterator[PromptPairs]:
         """The prompts in order, at most `batch_size` at a time."""

@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from tl_nodeprune.ablation import Ablation
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.hooks import mask_hooks, temporary_hooks
+from tl_nodeprune.losses import check_finite, kl_divergence
 from tl_nodeprune.nodes import NodeSpace
-from tl_nodeprune.objective import Reference, check_finite, kl_divergence
 from tl_nodeprune.probe import rounding
 from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.reference import Reference
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,21 +7,39 @@ once those that change nothing are left out (`lift`). Call all of it with the ma
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.budget import Budget
 from tl_nodeprune.hooks import capture_nodes
-from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.nodes import GateKey, NodeSpace
-from tl_nodeprune.objective import Reference, positions
+from tl_nodeprune.reference import Reference, positions
+from tl_nodeprune.search.landscape import Landscape
 
 FULL, ABLATED, PATH = (1.0,), (0.0,), tuple((i + 0.5) / 10 for i in range(10))
 """Points on the straight path from the ablated run (0) to the full model (1); the gradient is averaged over them."""
+IG_10, IG_5 = (tuple((i + 1) / n for i in range(n)) for n in (10, 5))
+"""The points of integrated gradients as the field takes them: the end of each step, the full model the last."""
+
+
+PAPER_GRANULARITIES = ("attn", "mlp", "head", "attn_neuron", "mlp_neuron", "mlp_out")  # "layer" is off by default there
+
+
+@contextmanager
+def attached(model: Any, granularities: tuple[str, ...] | None = None) -> Iterator[tlnp.NodeMasks]:
+    masks = model.add_node_masks(granularities)
+    try:
+        yield masks
+    finally:
+        model.remove_node_masks()
+
+
+def lost_logit_diff(logits: Tensor, full: Tensor, prompts: tlnp.PromptPairs) -> Tensor:
+    return -prompts.logit_diff(logits)
 
 
 def pure_kl(logits: Tensor, full: Tensor, prompts: tlnp.PromptPairs) -> Tensor:
@@ -29,22 +47,20 @@ def pure_kl(logits: Tensor, full: Tensor, prompts: tlnp.PromptPairs) -> Tensor:
     return tlnp.kl_divergence(logits, full)
 
 
-def lost_logit_diff(logits: Tensor, full: Tensor, prompts: tlnp.PromptPairs) -> Tensor:
-    return -prompts.logit_diff(logits)
-
-
-def landscape(masks: tlnp.NodeMasks, prompts: tlnp.PromptPairs) -> Landscape:
+def landscape(masks: tlnp.NodeMasks, prompts: tlnp.PromptPairs, *, batch_size: int = 64, cache_bytes: int = 2 << 30) -> Landscape:
     """Over the leaf nodes of attached masks, as `prune` has it."""
     hooks = tuple(dict.fromkeys(key.hook for key in masks.space.free()))
-    reference = Reference(masks.model, prompts, masks.ablation, hooks)
-    return Landscape(masks.space, reference, Budget(), torch.zeros(len(prompts), dtype=torch.long))
+    return Landscape(masks.space, Reference(masks.model, prompts, masks.ablation, hooks, batch_size=batch_size, cache_bytes=cache_bytes))
 
 
-def gradient(land: Landscape, loss: Any, points: Sequence[float]) -> Tensor:
-    """Minus the loss' gradient to the gates, averaged over points of the path: what opening a node gains."""
-    here = Landscape(land.space, land.reference, Budget(loss), land.groups)
-    rows = torch.arange(len(land.groups))
-    return -torch.stack([here.gradient(torch.full((here.n,), point), rows, step=0)[1] for point in points]).mean(0)
+def gradient(land: Landscape, loss: Any, points: Sequence[float], most: int | None = None) -> Tensor:
+    """Minus the loss' gradient to the gates, mean over points of the path and prompts (the first `most`): what opening a node gains."""
+    here, total = Landscape(land.space, land.reference, loss), torch.zeros(land.n, device=land.device)
+    rows = torch.arange(land.n_prompts)[:most]
+    for chunk in land.reference.chunks(rows):
+        for point in points:
+            total -= here.gradient(torch.full((len(chunk), here.n), point), chunk, step=0)[1].sum(0)
+    return total / (len(points) * len(rows))
 
 
 def by_hook(land: Landscape, values: dict[str, Tensor]) -> Tensor:
@@ -54,10 +70,12 @@ def by_hook(land: Landscape, values: dict[str, Tensor]) -> Tensor:
 
 def magnitude(land: Landscape) -> Tensor:
     """Norm over prompts and positions of a node's activation, clean - corrupted."""
-    prompts, hooks = land.reference.prompts, land.reference.hooks
-    clean, corrupted = (capture_nodes(land.reference.model, tokens, hooks) for tokens in (prompts.clean, prompts.corrupted))
-    real = prompts.attention_mask
-    return by_hook(land, {hook: (clean[hook] - corrupted[hook])[real].norm(dim=0) for hook in hooks})
+    hooks, squares = land.reference.hooks, dict[str, Tensor]()
+    for some in land.reference.prompts.batches(land.reference.batch_size):
+        clean, corrupted = (capture_nodes(land.reference.model, tokens, hooks) for tokens in (some.clean, some.corrupted))
+        for hook in hooks:
+            squares[hook] = squares.get(hook, 0) + (clean[hook] - corrupted[hook])[some.attention_mask].float().pow(2).sum(0)
+    return by_hook(land, {hook: total.sqrt() for hook, total in squares.items()})
 
 
 def weight_norm(land: Landscape) -> Tensor:
@@ -68,12 +86,30 @@ def weight_norm(land: Landscape) -> Tensor:
     return torch.cat([norms[key.granularity][key.layer].detach().flatten() for key in land.keys])
 
 
+ATTRIBUTIONS: dict[str, tuple[Any, tuple[float, ...], bool]] = {
+    "attribution, logit diff, at the full model": (lost_logit_diff, FULL, False),
+    "attribution, logit diff, at the ablated run": (lost_logit_diff, ABLATED, False),
+    "attribution, logit diff, integrated": (lost_logit_diff, PATH, False),
+    "attribution, integrated gradients, 10 steps": (lost_logit_diff, IG_10, False),
+    "attribution, integrated gradients, 5 steps": (lost_logit_diff, IG_5, False),
+    "attribution, KL, at the ablated run": (pure_kl, ABLATED, True),  # at the full model it is 0
+    "attribution, KL, integrated": (pure_kl, PATH, True),
+}
+"""Of each: the loss, the points of the path, and whether the score is the gradient itself (else its absolute value)."""
+SIGNED = {f"{name}, signed": (loss, points, True) for name, (loss, points, signed) in ATTRIBUTIONS.items() if not signed}
+
+
+def attribution(land: Landscape, loss: Any, points: Sequence[float], signed: bool, most: int | None = None) -> Tensor:
+    found = gradient(land, loss, points, most)
+    return found if signed else found.abs()
+
+
+def _attribution(loss: Any, points: Sequence[float], signed: bool) -> Callable[[Landscape], Tensor]:
+    return lambda land: attribution(land, loss, points, signed)
+
+
 SCORES: dict[str, Callable[[Landscape], Tensor]] = {
-    "attribution, logit diff, at the full model": lambda land: gradient(land, lost_logit_diff, FULL).abs(),
-    "attribution, logit diff, at the ablated run": lambda land: gradient(land, lost_logit_diff, ABLATED).abs(),
-    "attribution, logit diff, integrated": lambda land: gradient(land, lost_logit_diff, PATH).abs(),
-    "attribution, KL, at the ablated run": lambda land: gradient(land, pure_kl, ABLATED),  # at the full model it is 0
-    "attribution, KL, integrated": lambda land: gradient(land, pure_kl, PATH),
+    **{name: _attribution(*how) for name, how in {**ATTRIBUTIONS, **SIGNED}.items()},
     "magnitude, clean - corrupted": magnitude,
     "magnitude, weight norm": weight_norm,
 }
@@ -86,7 +122,7 @@ def top(land: Landscape, scores: Tensor, size: int) -> tlnp.Circuit:
     def first(k: int) -> tlnp.Circuit:
         kept = torch.zeros(land.n, dtype=torch.bool)
         kept[order[:k]] = True
-        return lift(land.circuit(kept, land.reference.ablation), land.space)
+        return lift(land.circuit(kept), land.space)
 
     return first(bisect_left(range(land.n), size, key=lambda k: first(k).size))
 
@@ -120,7 +156,7 @@ def lens_attribution(land: Landscape, size: int) -> tlnp.Circuit:
             kept[ids[GateKey("attn_neuron", layer)][head]] = True
         elif kind == "mlp_out":
             kept[torch.cat([ids[GateKey(name, layer)] for name in ("mlp_neuron", "mlp_out")])] = True
-    return land.circuit(kept, land.reference.ablation)
+    return land.circuit(kept)
 
 
 def lift(circuit: tlnp.Circuit, space: NodeSpace) -> tlnp.Circuit:

@@ -2,7 +2,8 @@
 
 `make bench`, or `python tests/benchmarks/cost.py`. The shape is a GPT-2 of 6 layers, d_model 512, 16 prompts of 16 tokens; with the
 argument "gpt2", GPT-2 small's. Plain: the same frozen model with the gradient flowing to the first residual stream, logits everywhere.
-One row is a step of `prune` (binary gates, leaf granularities), one a user's own loop with hard concrete gates at all seven granularities.
+One row is a step of `prune` (gates of its own for each prompt, leaf granularities), one a user's own loop with hard concrete gates at all
+seven granularities.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.budget import Budget
 from tl_nodeprune.hooks import temporary_hooks
-from tl_nodeprune.landscape import Landscape
-from tl_nodeprune.objective import Reference
+from tl_nodeprune.reference import Reference
+from tl_nodeprune.search.landscape import Landscape
 
 REPEATS = 15
 SHAPES = {"six": (6, 512, 8, 5000), "gpt2": (12, 768, 12, 50257)}  # layers, d_model, heads, vocabulary
@@ -74,17 +74,25 @@ def saved_bytes(step: Callable[[], None], weights: set[int]) -> int:
     return sum(kept.values())
 
 
-def measure(steps: dict[str, Callable[[], None]], weights: set[int]) -> dict[str, tuple[float, float]]:
-    """Median seconds and saved MiB of each step, taken in turns so that a noisy machine hits all alike."""
+def median_seconds(steps: dict[str, Callable[[], None]], repeats: int, settle: Callable[[], object] = lambda: None) -> dict[str, float]:
+    """Of each step, taken in turns so that a noisy machine hits all alike. settle: wait for the device."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for name, step in steps.items():
+            settle()
             start = time.perf_counter()
             step()
+            settle()
             times[name].append(time.perf_counter() - start)
-    return {name: (statistics.median(times[name]), saved_bytes(step, weights) / 2**20) for name, step in steps.items()}
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def measure(steps: dict[str, Callable[[], None]], weights: set[int]) -> dict[str, tuple[float, float]]:
+    """Median seconds and saved MiB of each step."""
+    seconds = median_seconds(steps, REPEATS)
+    return {name: (seconds[name], saved_bytes(step, weights) / 2**20) for name, step in steps.items()}
 
 
 def main(shape: str = "six") -> dict[str, tuple[float, float]]:
@@ -94,8 +102,8 @@ def main(shape: str = "six") -> dict[str, tuple[float, float]]:
     masks = tlnp.add_node_masks(model)
     with masks.inactive():
         reference = Reference(model, prompts, masks.ablation, masks.space.hooks)
-    landscape = Landscape(masks.space, reference, Budget(), torch.zeros(len(prompts), dtype=torch.long))
-    rows, flat, generator = torch.arange(16), (torch.rand(landscape.n) > 0.5).float(), torch.Generator().manual_seed(0)
+    landscape = Landscape(masks.space, reference)
+    rows, flat, generator = torch.arange(16), torch.rand(16, landscape.n), torch.Generator().manual_seed(0)
 
     def search_step() -> None:
         with masks.inactive():

@@ -16,8 +16,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,14 +31,16 @@ import baselines  # noqa: E402
 import report  # noqa: E402
 import test_planted as planted  # noqa: E402
 import test_stories as stories  # noqa: E402
+from baselines import PAPER_GRANULARITIES, attached  # noqa: E402
 from report import EQUAL_BUDGET, Results, budget_name  # noqa: E402
+from today import TODAY, TODAY_BUDGET, against_today  # noqa: E402
+from trained import STEPS, TRAINED  # noqa: E402
 
 import tl_nodeprune as tlnp  # noqa: E402
-from tl_nodeprune.budget import DISAGREEMENT, PER_NAT  # noqa: E402
-from tl_nodeprune.landscape import Landscape  # noqa: E402
 from tl_nodeprune.probe import find_nodes  # noqa: E402
+from tl_nodeprune.search.budget import DISAGREEMENT, PER_NAT  # noqa: E402
+from tl_nodeprune.search.landscape import Landscape  # noqa: E402
 
-PAPER_GRANULARITIES = ("attn", "mlp", "head", "attn_neuron", "mlp_neuron", "mlp_out")  # "layer" is off by default there
 TOYS = tuple(f"toy/{name}" for name in ("ioi", "gendered_pronoun", "greater_than"))
 STORIES = tuple(f"stories3M/{name}" for name in stories.TASKS)
 LAMS, BUDGETS = (0.90, 0.95, 0.97, 0.98, 0.99, 0.995), (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -63,15 +64,6 @@ def load(task: str, n: int) -> tuple[Any, tlnp.PromptPairs]:
 @cache
 def stories_model(name: str) -> Any:
     return stories.load(name)
-
-
-@contextmanager
-def attached(model: Any, granularities: tuple[str, ...] | None = None) -> Iterator[tlnp.NodeMasks]:
-    masks = model.add_node_masks(granularities)
-    try:
-        yield masks
-    finally:
-        model.remove_node_masks()
 
 
 class Bench:
@@ -143,19 +135,24 @@ class Bench:
         return [e for e in self.results.entries if (e["task"], e["seed"], e["kind"]) == (self.task, self.seed, kind)]
 
     def prune(self, kind: str, method: str, granularities: tuple[str, ...] | None = None, *, search_seed: int | None = None,
-              noted: dict[str, Any] | None = None, **search: Any) -> None:
+              noted: dict[str, Any] | None = None, **search: Any) -> tlnp.PruneResult | None:
+        """Search, unless it is there already, and add what was found."""
         if self.results.has(self.task, self.seed, method):
-            return
+            return None
         if "objective" not in search:
             search |= self.options.search
         search_seed = self.seed if search_seed is None else search_seed
         with attached(self.model, granularities) as masks, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "no circuit within the budget")
+            warnings.filterwarnings("ignore", "(no circuit within the budget|the budget is untested)")
             start = time.process_time()
             result = masks.prune(self.train, seed=search_seed, progress=False, **search)
-        self.add(kind, method, result.circuit, seconds=time.process_time() - start, converged=result.converged, train_kl=result.kl,
-                 minimal=result.minimal, gap=result.gap, search_seed=search_seed, steps=len(result.history),
-                 max_kl=search.get("max_kl"), **(noted or {}))
+        seconds = time.process_time() - start
+        found = {"converged": result.converged, "train_kl": result.search_kl, "own_kl": result.kl, "interval": result.interval,
+                 "minimal": result.minimal, "tested": result.tested, "ruled_out": result.ruled_out, "steps": len(result.history)}
+        more = against_today(self.task, result, self.model, self.space, self.test) if kind == "today" else {}
+        self.add(kind, method, result.circuit, seconds=seconds, search_seed=search_seed, max_kl=search.get("max_kl"), **found, **more,
+                 **(noted or {}))
+        return result
 
     def add(self, kind: str, method: str, circuit: tlnp.Circuit, **noted: Any) -> None:
         circuit = baselines.lift(circuit, self.space)
@@ -164,6 +161,11 @@ class Bench:
                          accuracy=found.accuracy, exact_match=found.exact_match, faithfulness=found.faithfulness,
                          nodes=circuit.count(), parameters=circuit.parameters, circuit=report.packed(circuit), **noted)
 
+    def today(self) -> None:
+        """One run at the budget of issue 20's figures, beside what the search before it came to; only tasks that have such a figure."""
+        if self.task in TODAY:
+            self.prune("today", f"today's figure, max_kl {TODAY_BUDGET:g}", max_kl=TODAY_BUDGET)
+
     def equal_size(self) -> None:
         """The baselines, as large as ours at the budget that all comparisons at equal size are made at."""
         (ours,) = (row for row in self.rows("ours") if row["method"] == budget_name(EQUAL_BUDGET))
@@ -171,13 +173,17 @@ class Bench:
             land = baselines.landscape(masks, self.train)
             for name, scores in baselines.SCORES.items():
                 self.equal(name, lambda scores=scores: baselines.top(land, scores(land), ours["size"]))
+            for name, scores in TRAINED.items():
+                steps = self.options.trained_steps or STEPS[name]
+                self.equal(name, lambda scores=scores, steps=steps: baselines.top(land, scores(land, steps=steps, seed=self.seed),
+                                                                                 ours["size"]), kind="trained")
             self.random(land, ours["size"])
         self.equal(LENS, lambda: baselines.lens_attribution(land, ours["size"]))
 
-    def equal(self, method: str, make: Callable[[], tlnp.Circuit]) -> None:
+    def equal(self, method: str, make: Callable[[], tlnp.Circuit], kind: str = "") -> None:
         if self.results.has(self.task, self.seed, method):
             return
-        start, kind = time.process_time(), method.split(",")[0]
+        start, kind = time.process_time(), kind or method.split(",")[0]
         try:
             circuit = make()
         except (ImportError, AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
@@ -195,8 +201,8 @@ class Bench:
         for method, row in ((report.RANDOM_MEAN, draws.mean()), (report.RANDOM_BEST, draws.loc[draws["kl"].idxmin()])):
             self.results.add(self.task, self.seed, method, kind="random", size_total=land.n, draws=draws["kl"].tolist(), **row.to_dict())
 
-    PARTS = {"paper": paper, "ours": ours, "match": match_paper, "single": one_granularity, "stability": stability, "equal": equal_size}
-
+    PARTS = {"paper": paper, "ours": ours, "match": match_paper, "single": one_granularity, "stability": stability, "equal": equal_size,
+             "today": today}
 
 
 def run_planted(results: Results, seed: int, options: argparse.Namespace) -> None:
@@ -210,7 +216,7 @@ def run_planted(results: Results, seed: int, options: argparse.Namespace) -> Non
         found, answers = planted.nodes_of(result.circuit), wired.answers(result.circuit.space)
         nearest = min(answers, key=lambda answer: len(answer ^ found))
         results.add("planted", seed, f"{name}, {which}", kind="planted", which=which, exact=found in answers, seconds=result.seconds,
-                    missing=len(nearest - found), too_many=len(found - nearest), converged=result.converged, train_kl=result.kl)
+                    missing=len(nearest - found), too_many=len(found - nearest), converged=result.converged, train_kl=result.search_kl)
     for name in plants:
         if not results.has("planted", seed, f"{name}, negative control"):
             wired = planted.plant(name, seed)
@@ -231,16 +237,19 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--summed-lams", nargs="*", type=float, default=[0.95], help="of the paper's objective with its penalty summed")
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help=f"{EQUAL_BUDGET} is always among them")
     parser.add_argument("--paper-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=200, help="of our searches, at most")
+    parser.add_argument("--steps", type=int, help="of our searches; by default more for more nodes")
+    parser.add_argument("--trained-steps", type=int, help="of the trained baselines; by default their own, "
+                        + ", ".join(f"{name} {steps}" for name, steps in STEPS.items()))
     parser.add_argument("--toy-prompts", type=int, default=100, help="of each task of the embedded model")
-    parser.add_argument("--parts", nargs="+", default=list(Bench.PARTS), choices=list(Bench.PARTS), metavar="PART",
-                        help=f"some of {', '.join(Bench.PARTS)}; equal needs ours")
+    parser.add_argument("--parts", nargs="+", default=[part for part in Bench.PARTS if part != "today"], choices=list(Bench.PARTS),
+                        metavar="PART", help=f"some of {', '.join(Bench.PARTS)}; equal needs ours. today: issue 20's figures, to be run as "
+                                             "--parts today --tasks stories3M/... --seeds 1 --threads 1")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="toy tasks, one seed, two lams, one budget, few steps: does it run?")
     options = parser.parse_args(arguments)
     if options.quick:
         options.tasks, options.seeds, options.lams, options.budgets = list(TOYS), [0], [0.95, 0.99], [EQUAL_BUDGET]
-        options.paper_steps, options.steps, options.toy_prompts = 60, 20, 24
+        options.paper_steps, options.steps, options.toy_prompts, options.trained_steps = 60, 20, 24, 4
     options.budgets = sorted({*options.budgets, EQUAL_BUDGET})
     options.search = {"steps": options.steps} | ({"exact_tests": 4} if options.quick else {})
     return options
@@ -250,7 +259,7 @@ def main(arguments: list[str] | None = None) -> Path:
     """Run what is missing in the folder, write, and return the folder."""
     options = options_of(arguments)
     torch.set_num_threads(options.threads)
-    settings = {name: getattr(options, name) for name in ("paper_steps", "steps", "toy_prompts", "threads", "quick")}
+    settings = {name: getattr(options, name) for name in ("paper_steps", "steps", "trained_steps", "toy_prompts", "threads", "quick")}
     results, first = Results(options.out, settings), options.seeds[0]
     for folder in options.take:
         results.take(folder / "results.json")

@@ -1,4 +1,4 @@
-"""CPR and CMD (MIB, arXiv:2504.13151): our rankings beside attribution, integrated gradients, magnitude and chance, on held-out prompts.
+"""CPR and CMD (MIB, arXiv:2504.13151): our rankings beside attribution, trained scores, magnitude and chance, on held-out prompts.
 
 `python tests/benchmarks/mib.py --out DIR` writes results.json after each measurement and table.md at the end. What DIR holds already is not
 run again. The stories3M tasks need TL_NODEPRUNE_MODELS.
@@ -30,12 +30,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)] if str(Path(__file__).reso
 import baselines  # noqa: E402
 import frontier  # noqa: E402
 import report  # noqa: E402
+from trained import STEPS, TRAINED  # noqa: E402
 
 import tl_nodeprune as tlnp  # noqa: E402
-from tl_nodeprune.landscape import Landscape  # noqa: E402
 from tl_nodeprune.masks import masks_off  # noqa: E402
 from tl_nodeprune.nodes import NodeSpace  # noqa: E402
 from tl_nodeprune.runs import Runs  # noqa: E402
+from tl_nodeprune.search.landscape import Landscape  # noqa: E402
 
 LEVELS: dict[str, tuple[str, ...] | None] = {"neuron": None, "node": ("head", "mlp")}
 FOR_CMD, FOR_CPR = "ours, distance (for CMD)", "ours, shortfall (for CPR)"
@@ -43,16 +44,8 @@ ALL, FEW = "all circuits of each size", 10_000
 OURS = {"ours, KL": tlnp.kl_divergence, FOR_CMD: tlnp.mib.distance, FOR_CPR: tlnp.mib.shortfall}
 
 
-def signed(points: tuple[float, ...]) -> Callable[[Landscape], Tensor]:
-    return lambda land: baselines.gradient(land, baselines.lost_logit_diff, points)
-
-
-SCORES: dict[str, Callable[[Landscape], Tensor]] = {
-    **{name: score for name, score in baselines.SCORES.items() if name != "magnitude, weight norm"},
-    "attribution, logit diff, at the full model, signed": signed(baselines.FULL),
-    "attribution, logit diff, at the ablated run, signed": signed(baselines.ABLATED),
-    "attribution, logit diff, integrated, signed": signed(baselines.PATH),
-}
+SCORES: dict[str, Callable[[Landscape], Tensor]] = {name: score for name, score in baselines.SCORES.items()
+                                                   if name != "magnitude, weight norm"}
 
 
 def measure(task: str, level: str, seed: int, options: argparse.Namespace, add: Callable[..., None], done: set[str]) -> None:
@@ -70,7 +63,7 @@ def measure(task: str, level: str, seed: int, options: argparse.Namespace, add: 
         add(task=task, level=level, seed=seed, method=method, cpr=curve.cpr, cmd=curve.cmd, f=curve.f, nodes=curve.nodes, train_cpr=own.cpr,
             train_cmd=own.cmd, train_f=own.f, seconds=seconds, scored_on=len(train), judged_on=len(test))
 
-    with frontier.attached(model, LEVELS[level]) as masks:
+    with baselines.attached(model, LEVELS[level]) as masks:
         if options.bounds and ALL not in done and circuits_of(masks.space.free_total()) <= FEW:
             add(task=task, level=level, seed=seed, method=ALL, judged_on=len(test), **bounds(model, masks.space, test))
         with masks.inactive():
@@ -78,6 +71,10 @@ def measure(task: str, level: str, seed: int, options: argparse.Namespace, add: 
             for method, score in SCORES.items():
                 if level == "neuron" or not method.startswith("magnitude"):  # of single neurons
                     judge(method, lambda score=score: tlnp.NodeScores.from_flat(score(land), land.space))  # type: ignore[misc]
+            for method, train_scores in TRAINED.items():
+                steps = options.trained_steps or STEPS[method]
+                judge(method, lambda make=train_scores, steps=steps: tlnp.NodeScores.from_flat(  # type: ignore[misc]
+                    make(land, steps=steps, seed=seed), land.space))
             for draw in range(options.draws):
                 lot = torch.rand(land.n, generator=torch.Generator().manual_seed(100 * seed + draw))
                 judge(f"random {draw}", lambda lot=lot: tlnp.NodeScores.from_flat(lot, land.space))  # type: ignore[misc]
@@ -119,13 +116,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     parts = []
     for (task, level), some in frame.groupby(["task", "level"], sort=False):
         means = some.groupby("method", sort=False)[["cmd", "cpr", "train_cmd", "train_cpr", "seconds"]].mean().round(4)
-        others = means[means.index.str.startswith("attribution")]
+        others, trained = means[means.index.str.startswith("attribution")], means[means.index.isin(list(TRAINED))]
         floor = some[some["method"] != ALL].groupby("seed")["f"].agg(lowest_cmd).mean()
         parts += [f"## {task}, {level} level, seeds {some['seed'].unique().tolist()}\n", report.markdown(means.reset_index()),
                   f"CMD, ours / best attribution: {means.loc[FOR_CMD, 'cmd'] / others['cmd'].min():.2f} (to reach: 0.5). Were f at each "
                   f"size the highest of any method here, up to 1: {floor:.4f}, {floor / others['cmd'].min():.2f} of the best "
                   f"attribution's.\n",
                   f"CPR, ours and best attribution: {means.loc[FOR_CPR, 'cpr']:.3f}, {others['cpr'].max():.3f} (to reach: above it).\n"]
+        if len(trained):
+            parts.append(f"Best of the trained scores: CMD {trained['cmd'].min():.4f}, CPR {trained['cpr'].max():.3f}.\n")
         if ALL in means.index:
             least = means.loc[ALL, "cmd"]
             parts.append(f"Of all circuits of each size the best on the prompts judged on: CMD {least:.4f}, "
@@ -146,7 +145,9 @@ def main(arguments: list[str] | None = None) -> Path:
                         choices=[*frontier.TOYS, *frontier.STORIES], metavar="TASK")
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=list(LEVELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=60, help="of our searches, per size")
+    parser.add_argument("--steps", type=int, help="of our searches; by default more for more nodes")
+    parser.add_argument("--trained-steps", type=int, help="of the trained baselines; by default " +
+                        ", ".join(f"{name} {steps}" for name, steps in STEPS.items()))
     parser.add_argument("--toy-prompts", type=int, default=200, help="of each task of the embedded model")
     parser.add_argument("--draws", type=int, default=3, help="random rankings")
     parser.add_argument("--bounds", action="store_true", help="run all circuits of each size where they are at most " + str(FEW))

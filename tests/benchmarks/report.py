@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 import plotly.express as px
 import torch
+from today import SMALLER_RATIO, TIME_RATIO, WORST_TIME, today_table
+from trained import TRAINED
 
 import tl_nodeprune as tlnp
 
@@ -28,10 +30,11 @@ COLUMNS = {"size": "live leaf nodes", "share": "share", "kl": "held-out KL", "ac
            "seconds": "CPU seconds", "seeds": "seeds"}
 NOTES = """Live leaf nodes: of the full node space, less those that change nothing; for every method alike. KL(full || circuit) in nats at
 the answer positions, interchange ablation. Medians over seeds; a seed draws the split (half to search on, half held out).
-Attribution, magnitude and random circuits are as large as ours at max_kl 0.05 on the same split; TransformerLens' attribution
-keeps whole heads and MLPs until it is at least as large. The best attribution is the one with the lowest held-out KL on each
-split, of those at most 1.1 x as large as ours. `paper` runs PaperObjective, without "layer" gates and without hinge, its penalty the
-mean over gate tensors (the authors' code for GPT-2); `paper, summed` the same with the sum (their code for Llama).
+Attribution, trained scores (Matryoshka Attribution, hard-concrete node pruning), magnitude and random circuits are as large as ours at
+max_kl 0.05 on the same split; TransformerLens' attribution keeps whole heads and MLPs until it is at least as large.
+The best attribution is the one with the lowest held-out KL on each split, of those at most 1.1 x as large as ours. `paper` runs
+PaperObjective, without "layer" gates and without hinge, its penalty the mean over gate tensors (the authors' code for GPT-2); `paper,
+summed` the same with the sum (their code for Llama).
 Ours is aimed at the held-out KL of each run of theirs, and asked for its choices no oftener than that has them: at 1/1.6 of the KL
 first, then, where that is above it, or more than half as large and either far below it or larger than theirs, lower or higher, and
 midway between two that were too low and too high, three times at most; the time of all that were aimed counts. One-granularity runs
@@ -90,7 +93,7 @@ class Results:
     def frame(self) -> pd.DataFrame:
         """A row per measurement of a circuit, all columns there."""
         numbers = ("size", "size_total", "kl", "accuracy", "train_kl", "seconds", "max_kl", "lam")
-        named = ("task", "seed", "method", "kind", "run", "search_seed", "circuit", "note")
+        named = ("task", "seed", "method", "kind", "run", "search_seed", "circuit", "converged", "note")
         table = pd.DataFrame(self.entries).reindex(columns=[*named, *numbers])
         table = table[~table["kind"].isin(["planted", "control"])].astype(dict.fromkeys(numbers, float))
         machines = [f"{self.runs[i]['host']}, {self.runs[i]['threads']} threads" for i in table["run"]]
@@ -154,8 +157,8 @@ def equal_size(frame: pd.DataFrame) -> pd.DataFrame:
     larger = (places["kind"] == "attribution") & ~(places["size"] <= EQUAL * ours)  # whole MLPs do not come in every size
     by_method = places[~larger].pivot_table(index=["task", "seed"], columns="method", values="kl")
     attributions = [name for name in by_method if name.startswith("attribution")]
-    kl = by_method.reindex(columns=[budget_name(EQUAL_BUDGET), *attributions, RANDOM_MEAN, RANDOM_BEST])
-    others = {"best attribution": kl[attributions].min(axis=1), **{name: kl[name] for name in attributions},
+    kl = by_method.reindex(columns=[budget_name(EQUAL_BUDGET), *attributions, *TRAINED, RANDOM_MEAN, RANDOM_BEST])
+    others = {"best attribution": kl[attributions].min(axis=1), **{name: kl[name] for name in (*attributions, *TRAINED)},
               "random mean": kl[RANDOM_MEAN], "random best": kl[RANDOM_BEST]}
     return pd.DataFrame({name: kl[budget_name(EQUAL_BUDGET)] / other for name, other in others.items()})
 
@@ -184,15 +187,42 @@ def summary(results: Results, frame: pd.DataFrame) -> pd.DataFrame:
         *(one for kind in ("paper", "paper, summed") for one in against(frame, kind)),
         line("KL at equal size, ours / best attribution's, median", 1 / 3, equal["best attribution"].median(),
              f"worst {equal['best attribution'].max():.2f}; {len(equal)} splits; each variant's median: {variants}"),
+        *(line(f"KL at equal size, ours / {name}, median", 1 / 2, equal[name].median(), f"worst {equal[name].max():.2f}")
+          for name in TRAINED),
         line("KL at equal size, ours / random's best of 10, worst", 1.0, equal["random best"].max(),
              f"over random's mean {equal['random mean'].max():.2f}"),
         line("held-out KL / max_kl, median", 1.5, kept.median(),
              f"worst {kept.max():.2f}; {(kept <= 1.5).mean():.0%} of {len(kept)} runs within"),
+        *claims(frame),
     ]
     for name, table in agreement(frame).items():
         lines.append(line(f"IoU at max_kl {EQUAL_BUDGET:g}, {name}, median", 0.7, table["iou"].median(),
                           f"lowest {table['iou'].min():.2f}; {len(table)} pairs", at_least=True))
-    return pd.DataFrame(lines + planted_lines(results))
+    return pd.DataFrame(lines + today_lines(today_table(results.entries)) + planted_lines(results))
+
+
+def claims(frame: pd.DataFrame) -> list[dict[str, str]]:
+    """Of all runs with a budget that say `converged`, how far the KL on the bench's other half is from it."""
+    asked = frame[frame["max_kl"].notna()]
+    said = asked[asked["converged"].eq(True)]
+    over = said["kl"] / said["max_kl"]
+    untested = int(asked["converged"].isna().sum())
+    return [line("of the runs that say converged: share within 1.25 x max_kl", 0.95, (over <= 1.25).mean() if len(over) else float("nan"),
+                 f"{len(said)} of {len(asked)} runs say so; {untested} say untested", at_least=True),
+            line("of the runs that say converged: held-out KL / max_kl, worst", 2.0, over.max())]
+
+
+def today_lines(table: pd.DataFrame) -> list[dict[str, str]]:
+    """The figures of issue 20 on stories3M, where the part `today` has been run."""
+    if not len(table):
+        return []
+    nodes, seconds = table["finished, estimated, / today's"], table["s / today's"]
+    at_today = table["order's size at today's KL / today's"]
+    return [line("nodes at today's held-out KL / today's, estimated for the finished circuit, median", SMALLER_RATIO, nodes.median(),
+                 f"worst {nodes.max():.2f}; bare order: median {at_today.median():.2f}, worst {at_today.max():.2f}; {len(table)} tasks"),
+            line("the same, worst", 1.0, nodes.max()),
+            line("CPU seconds / today's, median", TIME_RATIO, seconds.median(), f"{len(table)} tasks"),
+            line("the same, worst", WORST_TIME, seconds.max())]
 
 
 def against(frame: pd.DataFrame, kind: str) -> list[dict[str, str]]:
@@ -233,7 +263,7 @@ def planted_lines(results: Results) -> list[dict[str, str]]:
         missed = ", ".join(f"{r.method.split(',')[0]} seed {r.seed}" for r in group[~group["exact"].astype(bool)].itertuples())
         lines.append(line(f"planted, {which}: share recovered exactly", 1.0, group["exact"].astype(float).mean(),
                           f"{int(group['exact'].sum())} of {len(group)}" + f"; missed {missed}" * bool(missed), at_least=True))
-    control = table[table["kind"] == "control"]["converged"].astype(float)
+    control = table[table["kind"] == "control"]["converged"].eq(True).astype(float)  # None: untested, nothing is claimed
     return [*lines, line("planted, negative control: circuits claimed", 0.0, control.sum(min_count=1), f"of {len(control)}")]
 
 
@@ -267,6 +297,8 @@ def write(results: Results) -> None:
     about = "\n".join(f"- {len(times)} call{'s' * (len(times) > 1)}, first on {min(times)}: {where}" for where, times in calls.items())
     parts = ["# Size against faithfulness\n", NOTES, f"Settings: {json.dumps(results.settings)}\n\n{about}\n", "## Figures to reach\n",
              markdown(summary(results, frame))]
+    if len(before := today_table(results.entries)):
+        parts += ["## Beside the search before issue 20 (main 97b3907)\n", markdown(before)]
     for task, table in tasks.groupby("task", sort=False):
         parts += [f"## {task}\n", markdown(table.drop(columns="task").rename(columns=COLUMNS))]
     (results.folder / "table.md").write_text("\n".join(parts))

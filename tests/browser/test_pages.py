@@ -18,7 +18,7 @@ import tl_nodeprune as tlnp
 from tl_nodeprune.cli import main
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.probe import find_nodes
-from tl_nodeprune.pruning import Step
+from tl_nodeprune.search import Step
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed; it is in the dev extra")
 from selenium.common.exceptions import WebDriverException  # noqa: E402
@@ -116,7 +116,7 @@ def every_figure(circuit: tlnp.Circuit, effects: Any, task: str = "") -> list[An
     viz, steps = tlnp.viz, [Step(i, 1 / (i + 1), 500 - i, 0.1) for i in range(30)]
     table = pd.DataFrame({"size": [10, 100], "kl": [1.0, 0.1], "method": "ours"})
     return [viz.mask_map(circuit, effects=effects, task=task), viz.neuron_map(circuit),
-            viz.history(tlnp.PruneResult(circuit, True, 0.03, steps, 1.0, 0)), viz.frontier(table), viz.agreement(circuit, effects),
+            viz.history(tlnp.PruneResult(circuit, True, 0.03, 0.02, steps, 1.0, 0)), viz.frontier(table), viz.agreement(circuit, effects),
             viz.circuit_graph(circuit, effects=effects), viz.compare(circuit, ~circuit)]
 
 
@@ -291,7 +291,7 @@ def test_a_page_of_the_command(driver: Any, circuit: tlnp.Circuit, tmp_path: Pat
         pytest.skip("there is no out/demo.html; `make demo` makes it")
     open_page(driver, page)
     figures = driver.find_elements("css selector", ".js-plotly-plot")
-    assert len(figures) == 6 + (command == "demo")  # the search's history is the demo's
+    assert len(figures) == 6 + 2 * (command == "demo")  # the search's history is the demo's
     for figure in figures:
         assert wait(driver, lambda _, figure=figure: figure.find_element("css selector", ".gtitle").text)
         assert share_near(driver, figure, (255, 255, 255)) < 0.995  # there is more than a title

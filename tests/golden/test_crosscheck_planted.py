@@ -10,7 +10,7 @@ import torch
 from planted import Plant, circuit_of, leaves_of
 
 from tl_nodeprune.crosscheck import Effects, activation_patching, agreement, attribution_patching
-from tl_nodeprune.objective import kl_divergence
+from tl_nodeprune.losses import kl_divergence
 
 
 @cache

@@ -30,12 +30,11 @@ from integration_support import (
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.budget import Budget
 from tl_nodeprune.hooks import answer_logits, find_attachment
-from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.nodes import GateKey
-from tl_nodeprune.objective import Reference
 from tl_nodeprune.probe import can_slice, find_nodes
+from tl_nodeprune.reference import Reference
+from tl_nodeprune.search.landscape import Landscape, circuits_of
 
 SHAPES = {"layer": (), "attn": (), "mlp": (), "head": (N_HEADS,), "attn_neuron": (N_HEADS, D_HEAD), "mlp_neuron": (D_MLP,),
           "mlp_out": (D_MODEL,)}
@@ -246,14 +245,14 @@ def test_a_search_measures_the_circuit_that_comes_of_it_where_a_block_is_closed(
     prompts, space = random_pairs(8), find_nodes(model)
     hooks = tuple(dict.fromkeys(key.hook for key in space.free()))
     fitted = tlnp.Ablation(ablation).fit(model, prompts, space.hooks)
-    landscape = Landscape(space, Reference(model, prompts, fitted, hooks), Budget(), torch.zeros(len(prompts), dtype=torch.long))
+    landscape = Landscape(space, Reference(model, prompts, fitted, hooks))
     for closed in ("attn", "mlp", "layer"):
         flat = torch.ones(landscape.n, dtype=torch.bool)
         for key, gate in landscape.gates(flat).items():
             if key.layer == 1 and (closed == "layer" or key.hook.startswith(f"blocks.1.{closed}") or key.granularity == f"{closed}_out"):
                 gate.zero_()
-        measured = landscape.snapshot(flat, torch.arange(len(prompts))).loss
-        circuit = landscape.circuit(flat, landscape.with_coarse(fitted))
+        measured = float(landscape.losses(circuits_of([flat]), torch.arange(len(prompts))).loss.mean())
+        circuit = landscape.circuit(flat)
         assert tlnp.evaluate(model, circuit, prompts).kl == pytest.approx(measured, rel=1e-4, abs=1e-7), closed
         assert measured > 1e-5 or not any(key.granularity == closed for key in space.shapes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from tl_nodeprune.probe import find_nodes
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import baselines  # noqa: E402
-import designs  # noqa: E402
 import frontier  # noqa: E402
+import real  # noqa: E402
 import report  # noqa: E402
+import today  # noqa: E402
+import trained  # noqa: E402
 
 SETTINGS = {"steps": 1}
 
@@ -147,13 +150,108 @@ def test_baselines_have_the_size_asked_for_and_lifting_changes_no_output(toy: tu
         assert got.kl == pytest.approx(want.kl, rel=1e-3) and got.logit_diff == pytest.approx(want.logit_diff, rel=1e-3)
 
 
+def test_claims_are_those_of_runs_that_say_converged(tmp_path: Path) -> None:
+    results = report.Results(tmp_path, SETTINGS)
+    for budget, kl, converged in ((0.05, 0.06, True), (0.1, 0.14, True), (0.2, 0.9, False), (0.5, 0.9, None)):
+        add(results, f"ours, max_kl {budget}", "ours", 80, kl, max_kl=budget, converged=converged)
+    within, worst = report.claims(results.frame())
+    assert (within["measured"], within["note"]) == ("0.5", "2 of 4 runs say so; 1 say untested") and worst["measured"] == "1.4"
+
+
+def test_the_size_at_a_kl_is_interpolated_in_logarithms() -> None:
+    assert today.size_at([100, 400, 800], [1.0, 0.01, 0.02], 0.1) == pytest.approx(200)
+    assert today.size_at([100, 400], [1.0, 0.1], 0.1) == pytest.approx(400)
+    assert math.isnan(today.size_at([100, 400], [1.0, 0.1], 0.05)) and math.isnan(today.size_at([100, 400], [1.0, 0.1], 1.0))
+
+
+def test_a_run_is_shown_beside_the_figures_of_today(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(today.TODAY, "toy/gendered_pronoun", (200, 0.02, 10.0))
+    threads = str(torch.get_num_threads())
+    options = ["--out", str(tmp_path), "--quick", "--parts", "today", "--tasks", "toy/gendered_pronoun", "--threads", threads]
+    monkeypatch.setattr(frontier, "TOYS", ("toy/gendered_pronoun",))
+    monkeypatch.setattr(frontier, "run_planted", lambda *given: None)
+    frontier.main(options)
+    (entry,) = json.loads((tmp_path / "results.json").read_text())["entries"]
+    assert entry["kind"] == "today" and len(entry["cut_sizes"]) == len(entry["cut_kl"]) <= today.SIZES
+    assert "## Beside the search before issue 20" in (tmp_path / "table.md").read_text()
+    (row,) = today.today_table([entry | {"size_at_today": 100.0, "finished_at_today": 90.0}]).to_dict("records")
+    assert row["order's size at today's KL / today's"] == 0.5 and row["finished, estimated, / today's"] == 0.45
+    assert row["s / today's"] == pytest.approx(entry["seconds"] / 10)
+
+
+def test_a_soft_mask_has_its_size_and_its_gradient_goes_through_the_threshold() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, weights = torch.randn(2, 40, dtype=torch.double, generator=generator)
+    size = torch.tensor([10.0], dtype=torch.double)
+
+    def value(at: torch.Tensor) -> torch.Tensor:
+        return (trained.soft_top(at, size, 0.5) * weights).sum()
+
+    mask = trained.soft_top(scores, size, 0.5)
+    assert float(mask.sum()) == pytest.approx(10)
+    steps = 1e-5 * torch.eye(40, dtype=torch.double)
+    measured = torch.stack([(value(scores + step) - value(scores - step)) / 2e-5 for step in steps])
+    assert torch.allclose(trained.through_threshold(mask, weights) / 0.5, measured, atol=1e-5)
+
+
+def test_the_trained_baselines_order_nodes_and_repeat_themselves(toy: tuple[Any, tlnp.PromptPairs]) -> None:
+    model, prompts = toy
+    with baselines.attached(model) as masks, masks.inactive():
+        land = baselines.landscape(masks, prompts)
+        for name, make in trained.TRAINED.items():
+            scores = make(land, steps=3, step_prompts=4)
+            assert scores.shape == (land.n,) and scores.std() > 0, name
+            assert torch.equal(scores, make(land, steps=3, step_prompts=4)) and not torch.equal(scores, make(land, steps=3, seed=1)), name
+        kl = {steps: ordered_kl(land, trained.matryoshka(land, steps=steps)) for steps in (1, 40)}
+    assert kl[40] < kl[1]
+
+
+def ordered_kl(land: Any, scores: torch.Tensor) -> float:
+    """KL with the best third of the nodes."""
+    kept = torch.zeros(1, land.n)
+    kept[0, scores.argsort(descending=True)[: land.n // 3]] = 1
+    return float(land.losses(kept, torch.arange(land.n_prompts)).loss.mean())
+
+
+def test_the_real_bench_runs_each_part_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "toy", "--quick", "--threads", str(torch.get_num_threads())]
+    with pytest.raises(SystemExit, match="run the part frontier first"):
+        real.main([*options, "--out", str(tmp_path / "none"), "--parts", "baselines"])
+    options += ["--out", str(tmp_path), "--parts", *real.PARTS]
+    real.main(options)
+    held = json.loads((tmp_path / "results.json").read_text())
+    found = {e["method"]: e for e in held["entries"]}
+    ours = found[real.OURS]
+    assert set(found) >= {real.PRUNE, real.PAPER, real.MATCH, real.HEADS, real.SPEED, "random", *trained.TRAINED, *baselines.ATTRIBUTIONS}
+    assert ours["passes"] >= 4 * 4 and len(ours["kl"]) == len(ours["right"]) == len(real.SHARES)
+    for name in (*trained.TRAINED, *baselines.ATTRIBUTIONS):
+        assert found[name]["passes"] <= ours["passes"], name
+    shown = capsys.readouterr().out
+    assert "| KL at 8% / best baseline's | <= 0.5 |" in shown and "to the answer's position" in shown
+    real.main(options)
+    assert json.loads((tmp_path / "results.json").read_text()) == held
+
+
+def test_the_real_bench_judges_on_prompts_that_are_not_searched(tmp_path: Path) -> None:
+    options = real.options_of(["--model", "toy", "--quick", "--out", str(tmp_path)])
+    case = real.Case(report.Results(tmp_path, SETTINGS), options, "gendered_pronoun")
+    searched, fresh = ({tuple(row) for row in side.clean.tolist()} for side in case.sides)
+    assert searched and fresh and not searched & fresh
+
+
+def test_a_shape_is_timed_without_weights(tmp_path: Path) -> None:
+    real.main(["--shape", "tiny", "--quick", "--out", str(tmp_path), "--threads", str(torch.get_num_threads())])
+    (entry,) = json.loads((tmp_path / "results.json").read_text())["entries"]
+    assert entry["kind"] == "speed" and entry["nodes"] == 2 * (4 * 8 + 48 + 32) and entry["steps_per_second"] > 0
+
+
 @pytest.mark.slow
 def test_the_quick_bench_writes_its_tables(tmp_path: Path) -> None:
     quick = ["--out", str(tmp_path), "--quick", "--threads", str(torch.get_num_threads())]
     frontier.main(quick)
     held, table = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "table.md").read_text()
     methods = ["paper, lam 0.95", "paper, lam 0.99", "ours, max_kl 0.05", *frontier.ONE_GRANULARITY.values(), *baselines.SCORES,
-               report.RANDOM_MEAN, report.RANDOM_BEST, frontier.LENS]
+               *trained.TRAINED, report.RANDOM_MEAN, report.RANDOM_BEST, frontier.LENS]
     for task in frontier.TOYS:
         assert f"## {task}" in table
         assert {e["method"] for e in held["entries"] if e["task"] == task} >= set(methods)
@@ -163,19 +261,3 @@ def test_the_quick_bench_writes_its_tables(tmp_path: Path) -> None:
     assert "plotly" in (tmp_path / "frontier.html").read_text() and held["runs"][0]["torch"]
     frontier.main(quick)
     assert json.loads((tmp_path / "results.json").read_text()) == held
-
-
-def test_the_designs_bench_cuts_each_design_to_the_budget(tmp_path: Path) -> None:
-    quick = ["--out", str(tmp_path), "--tasks", "toy/ioi", "--steps", "6", "--finish-steps", "0", "--toy-prompts", "12"]
-    quick += ["--threads", str(torch.get_num_threads())]
-    tried = ["joint", "group", "coarse first", "ours, no finish"]
-    designs.main([*quick, "--designs", *tried])
-    held = json.loads((tmp_path / "results.json").read_text())["entries"]
-    assert [e["method"] for e in held] == tried
-    for e in held:
-        assert e["within_search_kl"] <= report.EQUAL_BUDGET and 0 < e["within"] < 1500 and e["nodes_kl"] > 0, e
-    assert len({e["nodes"] for e in held}) == len(held), "each design is another training"
-    designs.main([*quick, "--designs", "joint"])
-    assert json.loads((tmp_path / "results.json").read_text())["entries"] == held
-    with pytest.raises(SystemExit, match="give another --out"):
-        designs.main([*quick, "--gate", "straight-through"])

@@ -35,10 +35,12 @@ def test_the_figures_follow_from_the_measurements() -> None:
 
 def test_it_runs_and_runs_no_measurement_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--out", str(tmp_path), "--tasks", "toy/gendered_pronoun", "--levels", "node", "--toy-prompts", "16", "--steps", "1",
-               "--draws", "1"]
+               "--trained-steps", "1", "--draws", "1"]
     mib.main(options)
     rows = json.loads((tmp_path / "results.json").read_text())
-    assert len(rows) == 3 + 8 + 1 and all(len(entry["f"]) == len(tlnp.mib.SIZES) for entry in rows)
+    attributions = [name for name in mib.SCORES if name.startswith("attribution")]
+    assert {entry["method"] for entry in rows} == {*attributions, *mib.TRAINED, *mib.OURS, "random 0"}
+    assert all(len(entry["f"]) == len(tlnp.mib.SIZES) for entry in rows)
     assert all(entry["f"][-1] == pytest.approx(1, abs=1e-5) for entry in rows)
     capsys.readouterr()
     mib.main(options)

@@ -60,7 +60,7 @@ def measure(model: Any, which: str, max_kl: float = 0.05, **search: Any) -> dict
     report, count = tlnp.evaluate(model, result.circuit, test), result.circuit.count()
     live = count["attn_neuron"] + count["mlp_neuron"] + count["mlp_out"]
     assert live == result.circuit.size and result.circuit.size_total == N_LEAVES
-    return {"converged": result.converged, "train_kl": result.kl, "kl": report.kl, "accuracy": report.accuracy, "live": live,
+    return {"converged": result.converged, "train_kl": result.search_kl, "kl": report.kl, "accuracy": report.accuracy, "live": live,
             "share": live / N_LEAVES, "seconds": result.seconds}
 
 

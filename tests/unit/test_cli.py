@@ -41,6 +41,8 @@ def rows() -> list[dict[str, str]]:
     ({"--granularities": "heads"}, "unknown granularity 'heads'"),
     ({"--prompts": "0"}, "n=0"),
     ({"--steps": "0"}, "steps=0"),
+    ({"--time-limit": "0"}, "--time-limit 0.0; it must be a finite number of seconds above 0"),
+    ({"--max-nodes": "0.1", "--agreement": "0.9"}, "--agreement goes with --max-kl"),
     ({"--device": "cuda:99"}, "--device 'cuda:99' cannot be used here"),
     ({"--out": __file__}, "test_cli.py' is a file; give a folder"),
 ])
@@ -79,9 +81,67 @@ def test_prune_writes_both_files(toy: Toy, tmp_path: Path, capsys: pytest.Captur
     report, circuit = json.loads((out / "report.json").read_text()), tlnp.Circuit.load(out / "circuit.safetensors")
     circuit.check_fits(toy[0])
     assert report["live"] == circuit.count() and report["settings"]["max_kl"] == 0.2 and 0 < circuit.size < circuit.size_total
-    assert report["converged"] is True and report["kl"] <= 0.2 and report["p_value"] < 0.01 and report["gap"] is None
+    assert report["converged"] is None and report["kl"] == pytest.approx(report["held_out"]["circuit"]["kl"], abs=1e-4)
+    assert report["p_value"] < 0.01 and report["search_kl"] <= 0.2 and len(report["interval"]) == 2 and report["stopped"] == ""
+    assert {"nodes", "share", "search_kl", "kl", "low", "high", "accuracy"} <= set(report["frontier"][0]) and len(report["frontier"]) >= 8
+    assert isinstance(report["tested"], int) and isinstance(report["ruled_out"], int)
     assert {"circuit", "full", "ablated"} <= set(report["held_out"])
-    assert "leaf nodes" in capsys.readouterr().out
+    said = capsys.readouterr()
+    first, verdict = said.out.split("\n\n")[1].split("\n")[:2]
+    assert first.startswith(f"KL {report['kl']:.4f} nats on {report['settings']['held_out']} prompts held out")
+    assert verdict.startswith("Untested: ") and "too few to tell" in verdict and "give" in verdict and "UserWarning" not in said.err
+    assert "KL held out" in said.out and "leaf nodes" in said.out
+
+
+SMALL = ["prune", "--model", "toy", "--task", "ioi", "--prompts", "48", "--steps", "10", "--granularities", "head", "mlp"]
+
+
+def test_prune_says_what_converged_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--out", str(tmp_path), "--max-kl", "20"]) == 0
+    out, report = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
+    assert report["converged"] is True and "\nConverged: within 20.0 nats there\n" in out
+    table = out.split("from the same run:\n")[1].split("\n\n")[0].split("\n")
+    assert table[0].split() == ["nodes", "share", "KL", "held", "out", "KL", "searched", "right"] and len(table) == 9
+    assert table[-1].split()[:2] == ["15", "100.00%"]
+
+
+@pytest.mark.parametrize(("given", "most"), [("0.4", 6), ("5", 5)])
+def test_prune_to_a_size(tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, most: int) -> None:
+    assert main([*SMALL, "--out", str(tmp_path), "--max-nodes", given]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert tlnp.Circuit.load(tmp_path / "circuit.safetensors").size <= most and report["settings"]["max_kl"] is None
+    assert "no KL was asked for" in capsys.readouterr().out
+
+
+def test_a_share_and_a_kl_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*SMALL, "--out", "x", "--max-nodes", "5", "--max-kl", "0.1"])
+    assert stop.value.code == 2 and "not allowed with argument" in capsys.readouterr().err
+
+
+def test_prune_in_half_precision_with_a_checkpoint_and_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--dtype", "bfloat16", "--time-limit", "0.01", "--checkpoint", str(tmp_path / "state")]
+    assert main([*SMALL, "--out", str(tmp_path / "out"), *options]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["stopped"] == "time limit" and "Stopped by the time limit: this is the best so far." in capsys.readouterr().out
+    assert report["settings"]["dtype"] == "bfloat16" and list((tmp_path / "state").iterdir())
+
+
+def test_the_circuit_is_saved_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("tl_nodeprune.cli.evaluate", fails)
+    assert main([*SMALL, "--out", str(tmp_path), "--max-kl", "5"]) == 2
+    assert tlnp.Circuit.load(tmp_path / "circuit.safetensors").size_total == 15 and "KL" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder that even root cannot write to is Linux's /proc")
+def test_a_folder_that_cannot_be_written_is_found_before_the_search(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--out", "/proc/new"]) == 2
+    error = capsys.readouterr().err
+    assert "--out '/proc/new' cannot be written" in error and "ordering" not in error
 
 
 def test_prune_in_some_layers(toy: Toy, tmp_path: Path) -> None:
@@ -92,10 +152,11 @@ def test_prune_in_some_layers(toy: Toy, tmp_path: Path) -> None:
 
 def test_the_report_is_json_where_a_figure_is_not_a_number(toy: Toy, tmp_path: Path) -> None:
     circuit = tlnp.Circuit.full(tlnp.probe.find_nodes(toy[0]).restrict(("mlp",)))
-    result = tlnp.PruneResult(circuit, True, 0.01, [], 1.0, 0)
+    result = tlnp.PruneResult(circuit, True, 0.01, 0.01, [], 1.0, 0)
     found = dataclasses.replace(tlnp.evaluate(toy[0], circuit, toy[1]), faithfulness=math.nan)
     report = json.loads(json.dumps(_as_json({}, result, found), allow_nan=False))
-    assert report["held_out"]["faithfulness"] is report["p_value"] is report["gap"] is None and report["kl"] == 0.01
+    assert report["held_out"]["faithfulness"] is report["p_value"] is report["accuracy"] is None and report["kl"] == 0.01
+    assert report["interval"] == [None, None] and report["frontier"] == []
 
 
 def test_python_m_is_the_command() -> None:

@@ -13,7 +13,7 @@ import torch
 import tl_nodeprune as tlnp
 from tl_nodeprune.mib import SIZES, FaithfulnessCurve, area
 from tl_nodeprune.probe import find_nodes
-from tl_nodeprune.ranking import NodeScores
+from tl_nodeprune.scores import NodeScores
 
 sys.path.append(str(Path(__file__).parents[1] / "golden"))
 import planted  # noqa: E402
@@ -97,7 +97,7 @@ def test_a_planted_circuit_does_it_from_its_size_on_and_rank_finds_it(name: str)
     assert found.nodes[0] == len(truth) and found.cmd < 0.02 and chance.cmd > 0.3
     masks = wired.model.add_node_masks()
     try:
-        ranked = tlnp.rank(masks, prompts, sizes=sizes, anchor=sizes[0], steps=40, progress=False)
+        ranked = tlnp.rank(masks, prompts, steps=60, progress=False)
     finally:
         wired.model.remove_node_masks()
     assert planted.nodes_of(ranked.top(len(truth))) in wired.answers(space)

@@ -12,7 +12,7 @@ import torch
 import tl_nodeprune as tlnp
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.probe import find_nodes
-from tl_nodeprune.ranking import NodeScores
+from tl_nodeprune.scores import NodeScores
 
 Toy = tuple[Any, tlnp.PromptPairs]
 

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from scipy import stats
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.preference import GIVEN, TURNED, Preference, Sample, preference
+from tl_nodeprune.hooks import temporary_hooks
+from tl_nodeprune.preference import Preference, Sample, preference
 
 Toy = tuple[Any, tlnp.PromptPairs]
 
 
 def made(prompts: tlnp.PromptPairs, clean: torch.Tensor, corrupted: torch.Tensor) -> Preference:
     turned = tlnp.PromptPairs(prompts.corrupted, prompts.clean, prompts.wrong_answers, prompts.answers)
-    return Preference(prompts, turned, clean, corrupted)
+    logits = torch.arange(len(prompts))[:, None].expand(-1, 3).float()
+    return Preference(prompts, turned, clean, corrupted, (logits, logits + 100))
 
 
 def test_the_toy_does_its_task(toy: Toy) -> None:
     model, prompts = toy
     found = preference(model, prompts, 10)
-    full = model(prompts.clean)[torch.arange(len(prompts)), prompts.answer_positions]
+    full, turned = (model(side)[torch.arange(len(prompts)), prompts.answer_positions] for side in (prompts.clean, prompts.corrupted))
     assert torch.allclose(found.clean, prompts.logit_diff(full), atol=1e-4)
+    assert torch.allclose(found.corrupted, -prompts.logit_diff(turned), atol=1e-4)
+    torch.testing.assert_close(found.logits, (full, turned), atol=1e-4, rtol=1e-4)
     assert found.p_value < 1e-6 and not found.no_task
 
 
@@ -45,20 +50,27 @@ def test_pairs_with_one_clean_prompt_count_once(toy: Toy) -> None:
 def test_pairs_are_turned_round_only_where_the_corrupted_prompts_do_the_task(toy: Toy) -> None:
     prompts, n = toy[1], len(toy[1])
     strong, weak = torch.ones(n), torch.full((n,), 0.4)
-    assert set(made(prompts, strong, weak).sample().groups.tolist()) == {GIVEN}
+    assert made(prompts, strong, strong).both_ways and not made(prompts, strong, weak).both_ways
+    assert not made(prompts, -strong, strong).both_ways
     corrupted = strong.clone()
     corrupted[:3] = -0.1
-    sample = made(prompts, strong, corrupted).sample()
-    assert sample.groups.tolist() == [GIVEN] * n + [TURNED] * (n - 3) and sample.pairs[n:].tolist() == list(range(3, n))
+    sample = made(prompts, strong, corrupted).sample(True)
+    assert sample.pairs.tolist() == [*range(n), *range(3, n)]
     assert torch.equal(sample.prompts.clean[n:], prompts.corrupted[3:])
     assert torch.equal(sample.prompts.answers[n:], prompts.wrong_answers[3:])
+    assert sample.full[:, 0].tolist() == [*range(n), *range(103, 100 + n)], "the full model's logits are those of each side"
+    assert len(made(prompts, strong, corrupted).sample(False).prompts) == n
 
 
-def test_folds_keep_pairs_whole_and_hold_each_out_once(toy: Toy) -> None:
-    n = len(toy[1])
-    sample, seen = made(toy[1], torch.ones(n), torch.ones(n)).sample(), []
-    for rows, held in sample.folds(4, torch.Generator().manual_seed(0)):
-        assert sorted([*rows.tolist(), *held.tolist()]) == list(range(2 * n))
-        assert not set(sample.pairs[rows].tolist()) & set(sample.pairs[held].tolist()) and len(held) == 2 * (n // 4)
-        seen += held.tolist()
-    assert sorted(seen) == list(range(2 * n)) and len(Sample.of(toy[1]).pairs) == n
+def test_some_prompts_are_spread_over_all(toy: Toy) -> None:
+    sample = made(toy[1], torch.ones(24), torch.ones(24)).sample(True)
+    assert isinstance(sample, Sample) and sample.some(100).tolist() == list(range(48))
+    few = sample.some(5)
+    assert few.tolist()[0] == 0 and few.tolist()[-1] == 47 and len(few.unique()) == 5
+
+
+def test_nan_in_the_full_model_is_named(toy: Toy) -> None:
+    model, prompts = toy
+    with temporary_hooks(model, [("blocks.0.hook_resid_pre", lambda x, hook: x * torch.nan)]):
+        with pytest.raises(FloatingPointError, match="NaN or inf in the logits of the full model"):
+            preference(model, prompts, 10)

@@ -15,8 +15,7 @@ import tl_nodeprune as tlnp
 from tl_nodeprune.effects import Effects
 from tl_nodeprune.evaluation import Metrics
 from tl_nodeprune.nodes import GateKey, NodeSpace
-from tl_nodeprune.pruning import Step
-from tl_nodeprune.sweep import SweepRun
+from tl_nodeprune.search import Step, SweepRun
 from tl_nodeprune.viz.values import effect_of
 
 SHAPES = {"layer": (), "attn": (), "mlp": (), "head": (3,), "attn_neuron": (3, 4), "mlp_neuron": (8,), "mlp_out": (5,)}
@@ -164,16 +163,67 @@ def test_compare_by_hand() -> None:
     assert blocks.hovertext[0][1] == f"attn 0: {word}<br>effect 0.25"
 
 
+STEPS = [Step(i, 2.0 / (i + 1), 100 - i, 0.1 * i) for i in range(20)]
+
+
+def result_of(circuit: tlnp.Circuit, converged: bool | None, kl: float, history: list[Step], **fields: Any) -> tlnp.PruneResult:
+    return tlnp.PruneResult(circuit=circuit, converged=converged, kl=kl, search_kl=0.5 * kl, history=history, seconds=3.0, peak_memory=0,
+                            **fields)
+
+
 def test_history_shows_every_step() -> None:
-    steps = [Step(i, 2.0 / (i + 1), 100 - i, 0.1 * i) for i in range(20)]
-    figure = tlnp.viz.history(tlnp.PruneResult(random_circuit(), False, 0.09, steps, 3.0, 0), task="ioi")
-    assert [list(trace.y) for trace in figure.data] == [[getattr(s, name) for s in steps] for name in ("kl", "size", "coefficient")]
+    figure = tlnp.viz.history(result_of(random_circuit(), False, 0.09, STEPS), task="ioi")
+    *each, median = figure.data
+    assert [list(trace.y) for trace in each] == [[getattr(s, name) for s in STEPS] for name in ("kl", "size", "coefficient")]
     assert figure.data[0].text[3] == "step 3<br>KL 0.5<br>97 nodes open<br>coefficient 0.3"
-    assert "not converged" in figure.layout.title.text and "ioi" in figure.layout.title.text
-    assert "KL 0.09 nats" in figure.layout.title.text and figure.layout.yaxis.title.text == "KL, nats"
-    own = tlnp.viz.history(tlnp.PruneResult(random_circuit(), True, 0.09, steps, 3.0, 0, loss="shortfall"))
-    assert "The search: shortfall 0.09 in 3 s" in own.layout.title.text and own.layout.yaxis.title.text == "shortfall"
-    assert own.data[0].text[3].startswith("step 3<br>shortfall 0.5<br>")
+    assert "KL 0.09 nats held out, in 3 s, not converged" in figure.layout.title.text and "ioi" in figure.layout.title.text
+    assert figure.layout.yaxis.title.text == "KL, nats" and figure.layout.shapes[0].y0 == 0.09 and median.mode == "lines"
+    untested = tlnp.viz.history(result_of(random_circuit(), None, 0.09, STEPS, loss="shortfall"))
+    assert "The search: shortfall 0.09 held out, in 3 s, untested" in untested.layout.title.text
+    assert untested.layout.yaxis.title.text == "shortfall" and untested.data[0].text[3].startswith("step 3<br>shortfall 0.5<br>")
+    assert "converged" not in tlnp.viz.history(result_of(random_circuit(), True, 0.09, STEPS)).layout.title.text
+
+
+def test_history_has_a_running_median_over_noisy_steps() -> None:
+    """A single step far off does not move it."""
+    steps = [Step(i, 100.0 if i == 30 else 1.0, 50, 1.0) for i in range(60)]
+    median = tlnp.viz.history(result_of(random_circuit(), True, 1.0, steps)).data[-1]
+    assert set(median.y) == {1.0} and len(median.y) == 60
+
+
+TABLE = pd.DataFrame({"nodes": [5, 20, 50, 123], "share": [0.04, 0.16, 0.41, 1.0], "search_kl": [2.0, 0.4, 0.02, 0.0],
+                      "kl": [3.0, 0.5, 0.06, 0.0], "low": [2.5, 0.4, 0.04, 0.0], "high": [3.5, 0.7, 0.09, 0.0],
+                      "accuracy": [0.5, 0.9, 1.0, 1.0]})
+
+
+def test_frontier_of_one_run() -> None:
+    """KL held out with its interval, KL on the prompts searched, and the circuit."""
+    circuit = random_circuit()
+    result = result_of(circuit, True, 0.05, STEPS, frontier=TABLE, interval=(0.04, 0.06), accuracy=0.98)
+    figure = tlnp.viz.frontier(result, task="ioi")
+    band, held_out, searched, mark = figure.data
+    assert list(held_out.x) == list(TABLE["nodes"]) and list(held_out.y) == list(TABLE["kl"]) and held_out.opacity is None
+    assert list(searched.y) == list(TABLE["search_kl"]) and searched.opacity < 1
+    assert searched.name == "tl_nodeprune, interchange, prompts searched"
+    assert list(band.x) == [5, 20, 50, 50, 20, 5] and list(band.y) == [3.5, 0.7, 0.09, 0.04, 0.4, 2.5] and band.fill == "toself"
+    assert (list(mark.x), list(mark.y), mark.marker.symbol) == ([circuit.size], [0.05], "diamond")
+    assert held_out.text[1] == ("tl_nodeprune, interchange<br>20 leaf nodes<br>KL 0.5 nats held out (90 %: 0.4 to 0.7)<br>"
+                                "0.4 on the prompts searched<br>16.00% of the nodes, 90% answered right")
+    assert figure.layout.yaxis.type == "log", "the full model's KL of 0 is not on it, and the rest is"
+    assert "ioi · KL on held-out prompts" in figure.layout.title.text
+
+
+def test_frontier_ends_where_it_says_nothing_more() -> None:
+    tiny = TABLE.assign(kl=[3.0, 0.5, 1e-6, 1e-9])
+    low, _ = tlnp.viz.frontier(result_of(random_circuit(), True, 0.05, [], frontier=tiny)).layout.yaxis.range
+    assert low == -4
+
+
+def test_frontier_without_an_interval_or_of_an_own_loss() -> None:
+    few = TABLE.assign(low=float("nan"), high=float("nan"))
+    figure = tlnp.viz.frontier(result_of(random_circuit(), None, 0.05, [], frontier=few, loss="lost <b>"), names=("one",))
+    assert [trace.name for trace in figure.data] == ["one", "one, prompts searched", "one, the circuit"]
+    assert figure.layout.yaxis.title.text == "lost &lt;b&gt;" and "lost &lt;b&gt; 0.5 held out" in figure.data[0].text[1]
 
 
 def some_sweep(only: tuple[str, ...] = tuple(SHAPES)) -> tlnp.Sweep:
@@ -181,7 +231,7 @@ def some_sweep(only: tuple[str, ...] = tuple(SHAPES)) -> tlnp.Sweep:
     evaluations = [tlnp.Evaluation(m, m, m, 1.0, "zero", 4) for m in metrics]
     circuits = [tlnp.Circuit(c.space, {k: c.live(*k) for k in c.space.shapes}, tlnp.Ablation("zero"))
                 for c in (random_circuit(seed=seed, only=only) for seed in range(3))]
-    return tlnp.Sweep(tuple(SweepRun(0.05, seed, tlnp.PruneResult(circuit, True, 0.05, [], 1.0, 0), evaluation)
+    return tlnp.Sweep(tuple(SweepRun(0.05, seed, result_of(circuit, True, 0.05, []), evaluation)
                             for seed, (circuit, evaluation) in enumerate(zip(circuits, evaluations, strict=True))))
 
 
@@ -189,6 +239,7 @@ def test_frontier_of_a_sweep_beside_a_table() -> None:
     sweep = some_sweep()
     table = pd.DataFrame({"size": [20, 10], "kl": [0.1, 0.4], "method": "EAP <b>"})
     medians, runs, others = tlnp.viz.frontier(sweep, table).data
+    assert runs.opacity < 1 and runs.text[0].split("<br>")[0] in {f"tl_nodeprune, zero, seed {seed}, max_kl 0.05" for seed in range(3)}
     assert sorted(runs.y) == [0.1, 0.2, 0.3] and list(medians.y) == [0.2] and medians.name == "tl_nodeprune, zero"
     assert list(medians.x) == list(sweep.frontier()["nodes"])
     assert list(others.x) == [10, 20] and list(others.y) == [0.4, 0.1] and others.name == "EAP &lt;b&gt;"
@@ -201,7 +252,7 @@ def test_frontier_tells_sweeps_apart() -> None:
     assert [t.name for t in tlnp.viz.frontier(one, other).data[::2]] == ["tl_nodeprune, all nodes; zero", "tl_nodeprune, head; zero"]
     assert [t.name for t in tlnp.viz.frontier(one, one).data[::2]] == ["tl_nodeprune, zero (1)", "tl_nodeprune, zero (2)"]
     assert [t.name for t in tlnp.viz.frontier(one, other, names=("all", "heads")).data[::2]] == ["all", "heads"]
-    with pytest.raises(ValueError, match="give 2, one for each Sweep, all different"):
+    with pytest.raises(ValueError, match="give 2, one for each PruneResult and Sweep, all different"):
         tlnp.viz.frontier(one, other, names=("all", "all"))
 
 
@@ -309,9 +360,12 @@ CIRCUIT = random_circuit()
     (lambda viz: viz.neuron_map(CIRCUIT, "head"), ValueError, "granularity='head'; neuron_map shows mlp_neuron, attn_neuron, mlp_out"),
     (lambda viz: viz.neuron_map(random_circuit(only=("head",))), ValueError, "no neuron nodes; it has head"),
     (lambda viz: viz.history(CIRCUIT), TypeError, "history needs a PruneResult, got Circuit"),
-    (lambda viz: viz.history(tlnp.PruneResult(CIRCUIT, True, 0.1, [], 1.0, 0)), ValueError, "history of this result is empty"),
-    (lambda viz: viz.frontier(), ValueError, "frontier needs a Sweep, or a DataFrame"),
-    (lambda viz: viz.frontier([1]), TypeError, "frontier takes a Sweep or a DataFrame, got list as source 0"),
+    (lambda viz: viz.history(result_of(CIRCUIT, True, 0.1, [])), ValueError, "history of this result is empty"),
+    (lambda viz: viz.frontier(), ValueError, "frontier needs a PruneResult, a Sweep, or a DataFrame"),
+    (lambda viz: viz.frontier([1]), TypeError, "frontier takes a PruneResult, a Sweep or a DataFrame, got list as source 0"),
+    (lambda viz: viz.frontier(result_of(CIRCUIT, True, 0.1, [])), ValueError, "this result has no frontier: it is an objective's"),
+    (lambda viz: viz.frontier(some_sweep(), result_of(CIRCUIT, True, 0.1, [], frontier=TABLE, loss="lost")), ValueError,
+     "these sources measure different losses, KL and lost"),
     (lambda viz: viz.frontier(pd.DataFrame({"size": [1], "KL": [1]})), ValueError, "source 0 has no column kl, method"),
     (lambda viz: viz.frontier(pd.DataFrame({"size": [], "kl": [], "method": []})), ValueError, "no run and no point"),
     (lambda viz: viz.agreement(CIRCUIT, None), TypeError, "agreement needs effects"),

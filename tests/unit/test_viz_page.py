@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.probe import find_nodes
+from tl_nodeprune.search import Step
 from tl_nodeprune.viz import save_html
 from tl_nodeprune.viz.page import parts_of
 
@@ -95,13 +96,19 @@ def test_an_unwritable_folder_is_an_os_error() -> None:
 def test_overview_of_a_result_and_of_an_empty_circuit(each_toy: Toy, tmp_path: Path) -> None:
     model, prompts = each_toy
     space = find_nodes(model)
-    steps = [tlnp.pruning.Step(0, 1.0, 5, 0.1), tlnp.pruning.Step(1, 0.5, 4, 0.1)]
-    result = tlnp.PruneResult(tlnp.Circuit.full(space), True, 0.0, steps, 1.0, 0)
+    steps = [Step(0, 1.0, 5, 0.1), Step(1, 0.5, 4, 0.1)]
+    table = pd.DataFrame({"nodes": [9, 1728], "share": [0.1, 1.0], "search_kl": [1.0, 0.0], "kl": [1.5, 0.0], "low": [1.0, 0.0],
+                          "high": [2.0, 0.0], "accuracy": [0.5, 1.0]})
+    result = tlnp.PruneResult(tlnp.Circuit.full(space), None, 0.0, 0.0, steps, 1.0, 0, interval=(0.0, 0.1), accuracy=1.0, frontier=table,
+                              searched=prompts[:6], held_out=prompts[6:])
     effects = tlnp.crosscheck.activation_patching(model, prompts[:2], progress=False)
     items = tlnp.viz.overview(model, result, prompts, task="ioi", effects=effects)
     titles = [item.layout.title.text.split("<br>")[0] for item in items if isinstance(item, go.Figure)]
-    assert titles == ["Live nodes", "The search: KL 0 nats in 1 s", "Kept heads and blocks: 15", "Live MLP neurons: 1,152 of 1,152",
-                      "Live attention neurons: 288 of 288", "Live MLP output dims: 288 of 288", "Mask against effects of single nodes"]
+    assert str(items[1]) == (f"KL 0.0000 nats on {len(prompts) - 6} prompts held out (90 % interval 0.0000 to 0.1000), 100% answered "
+                             "right; 0.0000 on the 6 prompts searched. Untested.")
+    assert titles == ["Live nodes", "Size against faithfulness", "The search: KL 0 nats held out, in 1 s, untested",
+                      "Kept heads and blocks: 15", "Live MLP neurons: 1,152 of 1,152", "Live attention neurons: 288 of 288",
+                      "Live MLP output dims: 288 of 288", "Mask against effects of single nodes"]
     assert isinstance(items[-1], pd.DataFrame) and len(items[-1]) == sum(space.totals().values())
     assert "Leaf nodes live: 1,728 of 1,728 (100.00%)" in str(items[0])
     nothing = tlnp.viz.overview(model, tlnp.Circuit.empty(space), prompts)

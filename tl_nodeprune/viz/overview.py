@@ -9,14 +9,14 @@ import pandas as pd
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import evaluate
 from tl_nodeprune.prompts import PromptPairs
-from tl_nodeprune.pruning import PruneResult
 from tl_nodeprune.reporting import Report
-from tl_nodeprune.viz.curves import agreement, history
+from tl_nodeprune.search import PruneResult
+from tl_nodeprune.viz.curves import agreement, frontier, history
 from tl_nodeprune.viz.graph import circuit_graph
 from tl_nodeprune.viz.maps import mask_map, neuron_map
 from tl_nodeprune.viz.page import Item
 from tl_nodeprune.viz.tokens import kept_heads, kept_neurons, token_effects
-from tl_nodeprune.viz.values import NEURONS, HasCircuit, Values, check_values, circuit_of, node_table
+from tl_nodeprune.viz.values import NEURONS, HasCircuit, Values, check_values, circuit_of, held_out, node_table, state
 
 _MOST_ROWS = 50_000
 
@@ -25,8 +25,8 @@ def overview(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, task: str
              effects: Values | None = None) -> list[Item]:
     """Summary, figures, token views and the table of kept nodes of a circuit, for `save_html(path, *overview(...))`.
 
-    prompts: judged on (`evaluate`); the first of them is shown token by token. A PruneResult adds the search's history, and its
-    scores where none are given; a Report its verdicts.
+    prompts: judged on (`evaluate`); the first of them is shown token by token. A PruneResult adds what it has on prompts held out, its
+    frontier and history, and its scores where none are given; a Report its verdicts.
     Raises: TypeError for what is no circuit or no PromptPairs; ValueError where something does not fit the model or the circuit;
     RuntimeError where a circuit is applied.
     """
@@ -37,10 +37,13 @@ def overview(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, task: str
     check_values(circuit, effects, "effects")
     report = evaluate(model, circuit, prompts)
     of: dict[str, Any] = {"task": task, "scores": scores, "effects": effects}
-    items: list[Item] = [_summary(circuit, task), f"On {report.n_prompts} prompts, {report.ablation} ablation:", report.to_frame(),
+    found_out = [f"{held_out(found)} {state(found).capitalize()}."] if isinstance(found, PruneResult) else []
+    items: list[Item] = [_summary(circuit, task), *found_out,
+                         f"On {report.n_prompts} prompts, {report.ablation} ablation:", report.to_frame(),
                          "Live nodes by layer:", circuit.summary(), mask_map(circuit, **of)]
-    if isinstance(found, PruneResult) and found.history:
-        items.append(history(found, task=task))
+    if isinstance(found, PruneResult):
+        items += [frontier(found, task=task)] if not found.frontier.empty else []
+        items += [history(found, task=task)] if found.history else []
     if isinstance(found, Report):
         items.append(str(found))
     if not circuit.size:

@@ -1,4 +1,4 @@
-"""Limits on how many nodes of single granularities are live, and the best circuit within them by the scores of its nodes."""
+"""What a circuit must keep: a bound on the loss, on the number of nodes, or on those of single granularities."""
 
 from __future__ import annotations
 
@@ -6,14 +6,75 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tl_nodeprune.checks import check_agreement
+from tl_nodeprune.losses import LossFn, kl_divergence
 from tl_nodeprune.nodes import GRANULARITIES, GateKey, NodeSpace
+from tl_nodeprune.search.landscape import Losses
 
+DISAGREEMENT, PER_NAT = 0.02, 0.4  # share of prompts on which the choice may differ: at any budget, for each of its nats
 PASSES = 4  # rounds of prices; in random trees of up to seven limits more added less than .2 % to the sum
 OPEN_ABOVE = -1.0  # score, in root mean squares of a gradient: what is not limited is closed only where that clearly helps
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a circuit must keep: the loss, and for KL also the choice between answer and wrong answer.
+
+    loss: what `max_loss` bounds (mean over prompts). agreement: share of the prompts with the full model's choice, at least. max_size: leaf
+    nodes at most. limits: nodes of single granularities at most. With neither, as few nodes as the loss allows.
+    """
+
+    loss: LossFn = kl_divergence
+    max_loss: float = 0.05
+    agreement: float = 1 - DISAGREEMENT
+    max_size: int | None = None
+    limits: Limits | None = None
+
+    @property
+    def smallest(self) -> bool:
+        """Whether the smallest circuit within the loss is sought, not the most faithful of a size."""
+        return self.max_size is None and self.limits is None
+
+    def violation(self, losses: Losses) -> Tensor:
+        """Of one or more circuits [*circuit]: at most 1 where within the budget; for a size or limits the loss."""
+        loss = losses.loss.mean(-1)
+        if not self.smallest:
+            return loss
+        if self.loss is not kl_divergence:
+            return loss / self.max_loss
+        return torch.maximum(loss / self.max_loss, losses.wrong.mean(-1) / (1 - self.agreement + 1e-9))
+
+
+def budget_of(space: NodeSpace, *, max_kl: float | None = None, agreement: float | None = None,
+              max_nodes: float | int | Mapping[str, float | int] | None = None, loss: LossFn | None = None, max_loss: float | None = None,
+              objective: object = None) -> Budget:
+    """The budget that `prune`'s arguments ask for; an objective has none, and gets the default. Raises what `prune` says of them."""
+    given: dict[str, Any] = {"max_kl": max_kl, "max_nodes": max_nodes, "max_loss": max_loss, "objective": objective}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        raise ValueError(f"give exactly one of max_kl, max_nodes, loss with max_loss, or objective; got {' and '.join(chosen) or 'none'}.")
+    if (loss is None) != (max_loss is None):
+        raise ValueError("loss and max_loss go together: a loss of your own and what its mean may be at most.")
+    if agreement is not None and max_kl is None:
+        raise ValueError(f"agreement={agreement} goes with max_kl; give that too.")
+    if isinstance(max_nodes, Mapping):
+        return Budget(limits=Limits.of(space, max_nodes))
+    check_agreement(agreement)
+    for name, value in given.items():
+        if name != "objective" and value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise TypeError(f"{name}={value!r}; it must be a number.")
+    limit = max_kl if max_kl is not None else max_loss
+    if limit is not None and not 0 < limit < float("inf"):
+        raise ValueError(f"{chosen[0]}={limit}; it must be a finite number above 0 (nats for max_kl; 0.05 is a good start).")
+    if limit is not None:
+        usual = 1 - max(DISAGREEMENT, PER_NAT * limit)  # by what was asked for, also where the search takes less of it
+        return Budget(loss or kl_divergence, limit, usual if agreement is None else agreement)
+    return Budget(max_size=None if max_nodes is None else count_of("max_nodes", max_nodes, space.free_total()))
 
 
 @dataclass(frozen=True, eq=False)

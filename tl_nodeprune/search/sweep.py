@@ -23,7 +23,7 @@ from tl_nodeprune.masks import add_node_masks
 from tl_nodeprune.parallel import in_tasks, is_loader
 from tl_nodeprune.probe import device_of, find_nodes
 from tl_nodeprune.prompts import PromptPairs, check_pairs
-from tl_nodeprune.pruning import PruneResult, prune
+from tl_nodeprune.search.prune import PruneResult, prune
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Sweep:
     def to_frame(self) -> pd.DataFrame:
         """A row per run.
 
-        max_kl: nats; nodes, share: live leaf nodes, count and share of all; kl: nats, on the prompts of the search;
-        held_out_kl, accuracy, faithfulness: on the held-out prompts, see `Evaluation`; seconds: wall time of the search.
+        max_kl: nats; nodes, share: live leaf nodes, count and share of all; held_out_kl, accuracy, faithfulness: on the held-out
+        prompts, see `Evaluation`; search_kl: nats, on the prompts of the search; seconds: wall time, of the first budget with the training.
         """
         return pd.DataFrame([_row(run) for run in self.runs])
 
@@ -55,7 +55,7 @@ class Sweep:
         the share of seeds that met the budget."""
         table = self.to_frame().drop(columns="seed").groupby("max_kl")
         medians = table.median(numeric_only=True)
-        return medians.assign(converged=table["converged"].mean()).reset_index()
+        return medians.assign(converged=table["converged"].agg(lambda met: sum(one is True for one in met) / len(met))).reset_index()
 
     def frequency(self, max_kl: float) -> dict[str, Float[Tensor, "..."]]:
         """The share of seeds whose circuit keeps each node, 0 to 1: hook name -> tensor shaped as a circuit's mask at that hook.
@@ -112,6 +112,7 @@ class _Work:
     share: float
     granularities: tuple[str, ...] | None
     ablation: Ablation
+    agreement: float | None
     search: dict[str, Any]
 
     def fitted(self, model: Any) -> Ablation:
@@ -125,14 +126,14 @@ class _Work:
 def sweep(
     model: Any, prompts: PromptPairs, *, max_kl: Sequence[float] = (0.02, 0.05, 0.1, 0.2), seeds: Sequence[int] = (0, 1, 2),
     granularities: Iterable[str] | None = None, ablation: str | Ablation = "interchange", share: float = 0.75,
-    agreement: float | None = None, steps: int = 200, batch_size: int = 64, executor: Executor | None = None, progress: bool = True,
+    agreement: float | None = None, steps: int | None = None, batch_size: int = 64, executor: Executor | None = None, progress: bool = True,
 ) -> Sweep:
     """The smallest circuit within each budget of `max_kl` (nats), for each seed: size against held-out KL, and how stable it is.
 
     A seed draws its own split of the prompts, `prompts.split(share, seed)`: the first part is searched on, the rest judges.
     It is the search's seed as well. So what differs between seeds is the prompts and the draws: a search on the same prompts
-    is deterministic or nearly so, and agreement between its repeats would say little. A seed's budgets run from the smallest
-    max_kl (the largest circuit) to the largest, each from the circuit before, so circuits do not grow with the budget.
+    is deterministic or nearly so, and agreement between its repeats would say little. A seed is one run; its budgets are cut from
+    that run's order of the nodes, and finished, one by one (`PruneResult.at`).
 
     model: a HookedTransformer or TransformerBridge, left as it was; or a function without arguments that returns a new one
         at each call. prompts: two or more. granularities, ablation: as `add_node_masks` takes them; "mean" that is not fitted is of all
@@ -150,10 +151,10 @@ def sweep(
     executor's processes cannot be given; RuntimeError where node masks or a circuit are attached; all before any search begins. Then
     what `prune` raises; tasks not begun are cancelled.
     """
-    check_counts(steps=steps, batch_size=batch_size)
+    check_counts(steps=1 if steps is None else steps, batch_size=batch_size)
     check_agreement(agreement)
-    search = {"agreement": agreement, "steps": steps, "batch_size": batch_size}
-    works = _works(prompts, _budgets(max_kl), _seeds(seeds), share, granularities, as_ablation(ablation), search)
+    search = {"steps": steps, "batch_size": batch_size}
+    works = _works(prompts, _budgets(max_kl), _seeds(seeds), share, granularities, as_ablation(ablation), agreement, search)
     if executor is not None and not isinstance(executor, Executor):
         raise TypeError(f"executor must be a concurrent.futures.Executor or None, got {type(executor).__name__}; "
                         "for a Dask client give client.get_executor().")
@@ -169,11 +170,11 @@ def sweep(
 
 
 def _works(prompts: PromptPairs, budgets: tuple[float, ...], seeds: tuple[int, ...], share: float,
-           granularities: Iterable[str] | None, ablation: Ablation, search: dict[str, Any]) -> list[_Work]:
+           granularities: Iterable[str] | None, ablation: Ablation, agreement: float | None, search: dict[str, Any]) -> list[_Work]:
     check_pairs(prompts)
     names = (granularities,) if isinstance(granularities, str) else None if granularities is None else tuple(granularities)
     prompts.split(share, seeds[0])  # raises where they cannot be, before any search
-    return [_Work(seed, budgets, prompts, share, names, ablation, search) for seed in seeds]
+    return [_Work(seed, budgets, prompts, share, names, ablation, agreement, search) for seed in seeds]
 
 
 def _budgets(given: Any) -> tuple[float, ...]:
@@ -208,22 +209,21 @@ def _check(model: Any, work: _Work) -> None:
 
 
 def _runs(model: Any, work: _Work, done: Callable[[], object] = lambda: None) -> list[SweepRun]:
-    """One seed's runs, from the smallest budget to the largest. The model is left without masks."""
+    """One seed's run, cut and finished at each budget from the smallest to the largest. The model is left without masks."""
     _check(model, work)
     train, held_out = work.prompts.to(device_of(model)).split(work.share, work.seed)
-    ablation = work.fitted(model)
-    found: list[SweepRun] = []
-    for max_kl in work.budgets:
-        start = found[-1].result.circuit if found else None
-        # learned constants go with the circuit that they were learned for; without them it might miss its own budget
-        masks = add_node_masks(model, work.granularities, ablation=start.ablation if start else ablation)
-        try:
-            result = prune(masks, train, max_kl=max_kl, start=start, seed=work.seed, progress=False, **work.search)
-        finally:
-            masks.remove()
-        found.append(SweepRun(max_kl, work.seed, result, evaluate(model, result.circuit, held_out, batch_size=work.search["batch_size"])))
-        done()
-    return found
+    masks = add_node_masks(model, work.granularities, ablation=work.fitted(model))
+    found: list[PruneResult] = []
+    try:
+        for max_kl in work.budgets:  # that a budget is untested stands in the table
+            found.append(found[0].at(max_kl=max_kl, agreement=work.agreement, finish=masks) if found else
+                         prune(masks, train, max_kl=max_kl, agreement=work.agreement, held_out=held_out, seed=work.seed, progress=False,
+                               **work.search))
+            done()
+    finally:
+        masks.remove()
+    return [SweepRun(max_kl, work.seed, result, evaluate(model, result.circuit, held_out, batch_size=work.search["batch_size"]))
+            for max_kl, result in zip(work.budgets, found, strict=True)]
 
 
 def _mean_ablation(given: list[Ablation]) -> Ablation:
@@ -234,5 +234,5 @@ def _mean_ablation(given: list[Ablation]) -> Ablation:
 def _row(run: SweepRun) -> dict[str, Any]:
     circuit, held_out = run.result.circuit, run.held_out
     return {"max_kl": run.max_kl, "seed": run.seed, "converged": run.result.converged, "nodes": circuit.size, "share": 1 - circuit.sparsity,
-            "kl": run.result.kl, "held_out_kl": held_out.kl, "accuracy": held_out.accuracy, "faithfulness": held_out.faithfulness,
-            "seconds": run.result.seconds}
+            "held_out_kl": held_out.kl, "search_kl": run.result.search_kl, "accuracy": held_out.accuracy,
+            "faithfulness": held_out.faithfulness, "seconds": run.result.seconds}

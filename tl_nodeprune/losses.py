@@ -1,0 +1,49 @@
+"""Losses of a circuit's answer logits against the full model's: KL and what is asked for beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import relu
+
+from tl_nodeprune.prompts import PromptPairs
+
+LossFn = Callable[[Tensor, Tensor, PromptPairs], Tensor]
+"""fn(circuit_logits [batch d_vocab], full_logits [batch d_vocab], prompts) -> [batch], lower is better."""
+
+
+def kl_divergence(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"],
+                  prompts: PromptPairs | None = None) -> Float[Tensor, "batch"]:
+    """KL(full || circuit) in nats, summed over the vocabulary, at the answer positions."""
+    target, log_q = full.log_softmax(-1), logits.log_softmax(-1)
+    return (target.exp() * (target - log_q)).sum(-1)
+
+
+def distance(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
+    """A loss for `rank` that leads to a low CMD: `(d_circuit - d_full)^2`, d the logit difference; logits squared."""
+    return (prompts.logit_diff(logits) - prompts.logit_diff(full)).pow(2)
+
+
+def shortfall(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
+    """A loss for `rank` that leads to a high CPR: `d_full - d_circuit`, d the logit difference; logits."""
+    return prompts.logit_diff(full) - prompts.logit_diff(logits)
+
+
+def choice_hinge(logits: Tensor, full: Tensor, prompts: PromptPairs) -> Tensor:
+    """How far the circuit is from choosing between answer and wrong answer as clearly as wanted: [batch], logits.
+
+    `relu(clip(|d| / 2, 1, 2) - sign(d) * d_circuit)` with d the full model's logit difference: half its margin will do, but where
+    that is thin, 1 is asked for, since a choice that hangs on less is lost on fresh prompts.
+    """
+    wanted = prompts.logit_diff(full)
+    return relu((wanted.abs() / 2).clamp(1, 2) - wanted.sign() * prompts.logit_diff(logits))
+
+
+def check_finite(logits: Tensor, where: str) -> None:
+    """Raises FloatingPointError that says whose logits hold a NaN or inf."""
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError(f"NaN or inf in the logits of {where}; nothing was changed. In half precision try float32, "
+                                 "and check that the model runs on these prompts.")

@@ -1,0 +1,132 @@
+"""What a search will take, before it is begun: bytes, and seconds from a few timed steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tl_nodeprune.hooks import find_attachment
+from tl_nodeprune.masks import NodeMasks, add_node_masks
+from tl_nodeprune.probe import device_of, peak_memory
+from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.search.budget import Budget
+from tl_nodeprune.search.finish import DIRECTIONS, MODELLED, expected_forwards
+from tl_nodeprune.search.held_out import set_aside
+from tl_nodeprune.search.landscape import Landscape
+from tl_nodeprune.search.nested import PATH, PATH_PROMPTS
+from tl_nodeprune.search.run import JUDGED, SEARCHED, Progress, Run, Settings, searchable
+
+_SIZES = ("weights", "stand_ins", "saved_for_backward", "search_state", "peak")
+_TIMES = ("set_up", "training", "frontier", "finish", "seconds")
+TIMED = 3  # steps
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `prune` with the same arguments will take.
+
+    Bytes: weights, of the model; stand_ins, kept for closed nodes; saved_for_backward, by one step; search_state, scores, logits and
+    quadratics; peak, of the process (on CUDA of the allocator). Seconds: set_up, training, frontier, finish, and all.
+    """
+
+    weights: int
+    stand_ins: int
+    saved_for_backward: int
+    search_state: int
+    peak: int
+    set_up: float
+    training: float
+    frontier: float
+    finish: float
+
+    @property
+    def seconds(self) -> float:
+        """Of all of it."""
+        return self.set_up + self.training + self.frontier + self.finish
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per quantity: what, amount, unit."""
+        sizes = [(name, getattr(self, name) / 2**20, "MiB") for name in _SIZES]
+        return pd.DataFrame([*sizes, *((name, getattr(self, name), "s") for name in _TIMES)], columns=["what", "amount", "unit"])
+
+    def __repr__(self) -> str:
+        return f"about {self.seconds:.0f} s and {self.peak / 2**30:.2f} GiB\n{self.to_frame().round(1).to_string(index=False)}"
+
+
+def estimate(model: Any, prompts: PromptPairs, *, held_out: PromptPairs | None = None, granularities: Any = None, layers: Any = None,
+             ablation: Any = "interchange", steps: int | None = None, batch_size: int = 64, step_prompts: int | None = None,
+             cache_bytes: int = 2 << 30) -> Estimate:
+    """Time a few steps on some of the prompts, and say what `prune(max_kl=...)` will take on all of them. The model is left as it was.
+
+    model: with masks attached these are used, and granularities, layers and ablation are theirs; else as `add_node_masks` takes them. All
+    other arguments as in `prune`. Raises what `add_node_masks` and `prune` raise.
+    """
+    settings = Settings(steps, batch_size, step_prompts, cache_bytes)
+    attached = find_attachment(model)
+    masks = attached.owner if attached is not None and isinstance(attached.owner, NodeMasks) else add_node_masks(
+        model, granularities, layers, ablation)
+    try:
+        searchable(masks, prompts, stacklevel=3)
+        searched, held = set_aside(prompts, held_out, 0)
+        with masks.inactive():
+            return _measured(masks, searched, held, settings)
+    finally:
+        if attached is None:
+            masks.remove()
+
+
+def _measured(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, settings: Settings) -> Estimate:
+    model, bar = masks.model, Progress("estimate", show=False, time_limit=None)
+    few = min(len(searched), settings.prompts_of(device_of(model)))
+    began, before = time.perf_counter(), peak_memory(model)
+    run = Run(masks, searched[:few], None, Budget(), settings, bar, both_ways=True)
+    turned = len(run.searched.prompts) / few
+    set_up = (time.perf_counter() - began) / few * (len(searched) * turned + len(held))
+    land, rows = run.landscape, torch.arange(min(few, run.landscape.n_prompts))
+    step, saved = _step(land, rows)
+    forward = _timed(lambda: land.losses(torch.ones(1, land.n) * 0.5, rows)) / len(rows)
+    n_prompts, sizes = round(len(searched) * turned), len(run.sizes())
+    judged = min(len(held), JUDGED)
+    path = len(PATH) * min(PATH_PROMPTS, n_prompts) * step / len(rows)
+    finish = forward * (expected_forwards(n_prompts) + 8 * (min(n_prompts, SEARCHED) + judged))
+    kept = min(n_prompts, settings.cache_bytes // max(land.reference.bytes_per_prompt, 1)) if land.reference.bytes_per_prompt else 0
+    held_kept = min(len(held), settings.cache_bytes // max(land.reference.bytes_per_prompt, 1)) if land.reference.bytes_per_prompt else 0
+    stand_ins = (kept + held_kept) * land.reference.bytes_per_prompt
+    logits = (n_prompts + len(held)) * land.reference.full[0].numel() * 4
+    state = logits + 4 * land.n * (8 + 4 * len(rows)) + 4 * DIRECTIONS * min(n_prompts, MODELLED) * min(land.n, land.n // 4 + 4096)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    peak = max(before, peak_memory(model)) + stand_ins + state
+    return Estimate(weights, stand_ins, saved, state, peak, set_up, settings.steps_of(land.n) * step + path,
+                    sizes * forward * (min(n_prompts, SEARCHED) + judged), finish)
+
+
+def _step(land: Landscape, rows: Tensor) -> tuple[float, int]:
+    """Seconds of one step, and bytes that it saves for its backward pass beside the weights."""
+    gates, weights = torch.full((len(rows), land.n), 0.5), {p.untyped_storage().data_ptr() for p in land.reference.model.parameters()}
+    seen: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        land.gradient(gates, rows, 0)
+    return _timed(lambda: land.gradient(gates, rows, 0)), sum(seen.values())
+
+
+def _timed(call: Any) -> float:
+    """The median time of a few calls, seconds."""
+    times = []
+    for _ in range(TIMED):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return sorted(times)[TIMED // 2]
+

@@ -1,0 +1,47 @@
+"""`rank`: the run's order of all nodes by itself, as scores, so that the best k of them are a circuit for every k."""
+
+from __future__ import annotations
+
+import torch
+
+from tl_nodeprune.losses import LossFn, distance, kl_divergence
+from tl_nodeprune.masks import NodeMasks
+from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.scores import NodeScores
+from tl_nodeprune.search.budget import Budget
+from tl_nodeprune.search.landscape import Landscape
+from tl_nodeprune.search.run import Run, Settings, going, searchable
+
+
+def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence, steps: int | None = None, batch_size: int = 64,
+         step_prompts: int | None = None, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True) -> NodeScores:
+    """A score for every leaf node such that the best k of them, for every k, are a circuit of low loss: `1 - (place - 1) / n`.
+
+    It is `prune`'s run without its finish, on all of the prompts. The masks stay as they are.
+
+    loss: fn(circuit_logits, full_logits, prompts) -> [batch], its mean is lowered at each size; KL(full || circuit) as given. For MIB
+        see `mib.distance` (CMD) and `mib.shortfall` (CPR). By KL and `mib.distance` pairs are searched on in both directions where `prune`
+        does that. All else as in `prune`.
+
+    Raises: ValueError for a loss that is the same with every node ablated, or "optimal" ablation, whose constants differ from size to
+    size; and what `prune` raises.
+    """
+    settings = Settings(steps, batch_size, step_prompts, cache_bytes, seed)
+    if masks.asked_ablation.name == "optimal":
+        raise ValueError('"optimal" ablation learns constants that differ from size to size, so there is no one ranking under it; '
+                         'attach the masks with "interchange", "mean" or "zero".')
+    searchable(masks, prompts, stacklevel=3)
+    with going(masks, "rank", settings, progress) as bar, masks.inactive():
+        run = Run(masks, prompts, None, Budget(loss), settings, bar, both_ways=loss in (kl_divergence, distance))
+        _check_varies(run.landscape)
+        run.train()
+    return run.scores()
+
+
+def _check_varies(landscape: Landscape) -> None:
+    """Raises ValueError where ablating every node leaves the loss as it is."""
+    ends = torch.stack([torch.ones(landscape.n), torch.zeros(landscape.n)])
+    full, ablated = landscape.losses(ends, torch.arange(landscape.n_prompts)).loss.mean(-1).tolist()
+    if abs(full - ablated) <= 1e-6 * max(abs(full), abs(ablated)):
+        raise ValueError(f"the loss is constant: {full:.4g} for the full model and {ablated:.4g} with every node ablated, so no node is "
+                         "better than another. Are these the right corrupted prompts?")
