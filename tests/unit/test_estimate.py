@@ -24,8 +24,8 @@ def test_bytes_and_seconds_add_up_and_nothing_is_left_on_the_model(toy: Toy) -> 
 
 def test_stand_ins_are_those_of_all_prompts_up_to_the_cache(toy: Toy) -> None:
     whole, half, none = (tlnp.estimate(toy[0], toy[1], granularities=COARSE, steps=1, cache_bytes=size).stand_ins
-                         for size in (1 << 30, 20_000, 0))
-    assert whole > half > none == 0 and half <= 2 * 20_000
+                         for size in (1 << 30, 100_000, 0))
+    assert whole > half > none == 0 and half <= 2 * 100_000
 
 
 def test_training_takes_as_long_as_its_steps(toy: Toy) -> None:

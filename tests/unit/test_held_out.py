@@ -48,7 +48,7 @@ def test_those_given_are_taken_whole_unless_they_are_searched_on() -> None:
 
 
 def test_one_prompt_cannot_be_split() -> None:
-    with pytest.raises(ValueError, match="all 5 prompts have the same clean prompt.* Give 2 different ones or more .24 may be enough to tell"):
+    with pytest.raises(ValueError, match="all 5 prompts have the same clean prompt.* 2 different ones or more .24 may be enough to tell"):
         set_aside(made(1, 5), None, seed=0)
     assert len(set_aside(made(1, 5), made(3)[1:], seed=0)[0]) == 5
 

@@ -59,9 +59,9 @@ class Finish:
         return self.landscape.losses(circuits_of(kept), self.rows)
 
     def begin(self, kept: Bool[Tensor, "node"]) -> float:
-        """Take a circuit's hinge as what none may be above. Its violation of the budget."""
+        """Take a circuit's hinge as what none may be above; a choice may be less sure by as much as the loss may rise. Its violation."""
         losses = self.measure([kept])
-        self.hinge_limit = max(float(losses.hinge.mean()), LEAST_HINGE)
+        self.hinge_limit = max(float(losses.hinge.mean()), self.budget.max_loss if self.budget.smallest else LEAST_HINGE)
         return float(self.budget.violation(losses)[0])
 
     def exchange(self, kept: Bool[Tensor, "node"], rounds: int = ROUNDS) -> Bool[Tensor, "node"]:

@@ -24,7 +24,7 @@ from tl_nodeprune.scores import NodeScores
 from tl_nodeprune.search.budget import Budget, budget_of
 from tl_nodeprune.search.checkpoint import Checkpoint, asked
 from tl_nodeprune.search.finish import MEASURED, Finish, expected_forwards
-from tl_nodeprune.search.held_out import ENOUGH, ENOUGH_HELD, SLACK, HeldOut, set_aside
+from tl_nodeprune.search.held_out import ENOUGH, ENOUGH_HELD, HeldOut, set_aside
 from tl_nodeprune.search.paper import PaperObjective
 from tl_nodeprune.search.run import Progress, Run, Settings, going, searchable
 
@@ -271,8 +271,9 @@ def _cut(run: Run, table: pd.DataFrame) -> Tensor:
         if middle >= high:
             break
         low, high = (low, middle) if _within(run, [run.top(middle)])[0] else (middle, high)
-    sure = table[(table["nodes"] > high) & (table["nodes"] <= SURE * high) & (table["high"] <= SLACK * budget.max_loss)]
-    return run.top(high if sure.empty or run.n_held < ENOUGH_HELD else int(sure["nodes"].iloc[0]))
+    larger = [run.top(min(round(high * SURE ** (i / 4)), run.landscape.n)) for i in range(5)]
+    sure = [kept for kept, held in zip(larger, run.judge(larger), strict=True) if held.meets(budget.max_loss)]
+    return (sure or larger)[0]
 
 
 def _within(run: Run, kept: list[Tensor]) -> list[bool]:

@@ -28,6 +28,7 @@ from tl_nodeprune.reference import Reference
 from tl_nodeprune.scores import NodeScores, ranks
 from tl_nodeprune.search.budget import Budget
 from tl_nodeprune.search.checkpoint import Checkpoint
+from tl_nodeprune.search.finish import expected_forwards
 from tl_nodeprune.search.held_out import HeldOut
 from tl_nodeprune.search.landscape import STEP_COST, Landscape, circuits_of
 from tl_nodeprune.search.nested import PATH, PATH_PROMPTS, Nested
@@ -192,7 +193,8 @@ class Run:
                         generator=self.generator, limits=self.budget.limits)
         sizes = len(self.sizes())
         measured = sizes * sum(min(len(sample.prompts), most) for sample, most in zip(self.samples, (SEARCHED, JUDGED), strict=False))
-        progress.plan(STEP_COST * (steps * nested.batch + len(PATH) * min(PATH_PROMPTS, self.landscape.n_prompts)) + 2 * measured)
+        to_come = 2 * measured + expected_forwards(self.landscape.n_prompts) if self.held is not None else 0
+        progress.plan(STEP_COST * (steps * nested.batch + len(PATH) * min(PATH_PROMPTS, self.landscape.n_prompts)) + to_come)
         progress.stage("ordering all nodes")
         if checkpoint is None or not checkpoint.restore(nested, self.generator):
             nested.begin()
