@@ -153,10 +153,10 @@ def test_when_time_is_up_the_circuit_stays(frozen_toy: Toy, granularities: Any) 
 
 
 def test_choices_stay_as_sure_as_they_were(frozen_toy: Toy) -> None:
-    """A huge loss is allowed, so that only the hinge holds anything back."""
+    """Less sure by as much as the budget at most. A huge loss is allowed, so that only the hinge holds anything back."""
     landscape = landscape_of(frozen_toy, COARSE, batch_size=240)
     kept = torch.ones(landscape.n, dtype=torch.bool)
-    sure, free = (finish_of(landscape, Budget(max_loss=99.0, agreement=0.0), begin) for begin in (kept, None))
+    sure, free = (finish_of(landscape, Budget(max_loss=0.05, agreement=0.0), begin) for begin in (kept, None))
     strict, loose = (finish.remove(kept, 99.0, rounds=6)[-1] for finish in (sure, free))
     assert hinge_of(sure, strict) <= sure.hinge_limit + 1e-5 < hinge_of(free, loose) and int(strict.sum()) > int(loose.sum())
 
