@@ -94,9 +94,8 @@ def _measured(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, settin
     judged = min(len(held), JUDGED)
     path = len(PATH) * min(PATH_PROMPTS, n_prompts) * step / len(rows)
     finish = forward * (expected_forwards(n_prompts) + 8 * (min(n_prompts, SEARCHED) + judged))
-    kept = min(n_prompts, settings.cache_bytes // max(land.reference.bytes_per_prompt, 1)) if land.reference.bytes_per_prompt else 0
-    held_kept = min(len(held), settings.cache_bytes // max(land.reference.bytes_per_prompt, 1)) if land.reference.bytes_per_prompt else 0
-    stand_ins = (kept + held_kept) * land.reference.bytes_per_prompt
+    each = land.reference.bytes_per_prompt
+    stand_ins = each * sum(min(n, settings.cache_bytes // max(each, 1)) for n in (n_prompts, len(held)))
     logits = (n_prompts + len(held)) * land.reference.full[0].numel() * 4
     state = logits + 4 * land.n * (8 + 4 * len(rows)) + 4 * DIRECTIONS * min(n_prompts, MODELLED) * min(land.n, land.n // 4 + 4096)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -42,8 +42,8 @@ def expected_forwards(n_prompts: int) -> int:
 
 
 class Finish:
-    """Betters a circuit on the prompts searched. Never returns one that is less sure of its choices (`choice_hinge`): what is lost there
-    shows on fresh prompts only. over: whether time is up, so that what is best so far is returned."""
+    """Betters a circuit on the prompts searched. Its choices may get less sure (`choice_hinge`) by no more than `begin` says: what is lost
+    there shows on fresh prompts only. over: whether time is up, so that what is best so far is returned."""
 
     def __init__(self, landscape: Landscape, budget: Budget, rows: Int[Tensor, "row"], scores: Float[Tensor, "node"], *,
                  generator: torch.Generator, over: Callable[[], bool] = lambda: False) -> None:
