@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import tl_nodeprune as tlnp
@@ -124,3 +126,13 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_the_search(toy: Toy,
 def test_a_folder_is_a_name(toy: Toy) -> None:
     with pytest.raises(TypeError, match="checkpoint=3; give a folder's name, or None"):
         pruned(toy, checkpoint=3)
+
+
+def test_a_file_that_lacks_a_part_is_damaged(toy: Toy, tmp_path: Path) -> None:
+    pruned(toy, checkpoint=tmp_path)
+    path = tmp_path / checkpoints.NAME
+    with safe_open(str(path), framework="pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys() if name != "scores"}
+    save_file(tensors, str(path), header)
+    with pytest.raises(ValueError, match="is damaged: it lacks 'scores'"):
+        pruned(toy, checkpoint=tmp_path)

@@ -37,10 +37,13 @@ class Checkpoint:
         self._found = self._read() if self.path.exists() else None
 
     def restore(self, nested: Nested, generator: torch.Generator) -> bool:
-        """Bring a training to where the file has it. Whether there was one."""
+        """Bring a training to where the file has it. Whether there was one. Raises ValueError for a file that lacks part of it."""
         if self._found is None:
             return False
-        nested.load({name: value.clone() for name, value in self._found.items() if name != "generator"})
+        try:
+            nested.load({name: value.clone() for name, value in self._found.items() if name != "generator"})
+        except KeyError as error:
+            raise ValueError(f"{self.path} is damaged: it lacks {error}; remove it to start anew.") from error
         generator.set_state(self._found["generator"].clone())
         return True
 
