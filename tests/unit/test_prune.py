@@ -378,8 +378,8 @@ def test_at_can_be_finished(found: tuple[tlnp.NodeMasks, tlnp.PruneResult]) -> N
     masks, result = found
     for budget in ({"max_kl": 1.0}, {"max_nodes": 150}):
         plain, finished = result.at(**budget), result.at(**budget, finish=masks, exact_tests=2)
-        assert finished.circuit.size <= plain.circuit.size if "max_kl" in budget else finished.circuit.size <= 150
-        assert finished.kl <= 1.0 if "max_kl" in budget else finished.search_kl < plain.search_kl
+        assert finished.circuit.size <= 1.25 * plain.circuit.size if "max_kl" in budget else finished.circuit.size <= 150
+        assert finished.kl <= 1.0 if "max_kl" in budget else finished.search_kl <= plain.search_kl
         assert finished.kl == pytest.approx(tlnp.evaluate(masks.model, finished.circuit, result.held_out).kl, abs=1e-5)
         assert masks.to_circuit() == finished.circuit and finished.history == result.history
         assert finished.frontier.equals(result.frontier) and finished.p_value == result.p_value

@@ -15,7 +15,7 @@ from tl_nodeprune.masks import NodeMasks, add_node_masks
 from tl_nodeprune.probe import device_of, peak_memory
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.search.budget import Budget
-from tl_nodeprune.search.finish import DIRECTIONS, MODELLED, expected_forwards
+from tl_nodeprune.search.exact_tests import TOGETHER, expected_forwards
 from tl_nodeprune.search.held_out import set_aside
 from tl_nodeprune.search.landscape import Landscape
 from tl_nodeprune.search.nested import PATH, PATH_PROMPTS
@@ -30,8 +30,8 @@ TIMED = 3  # steps
 class Estimate:
     """What `prune` with the same arguments will take.
 
-    Bytes: weights, of the model; stand_ins, kept for closed nodes; saved_for_backward, by one step; search_state, scores, logits and
-    quadratics; peak, of the process (on CUDA of the allocator). Seconds: set_up, training, frontier, finish, and all.
+    Bytes: weights, of the model; stand_ins, kept for closed nodes; saved_for_backward, by one step; search_state, scores, gates and
+    logits; peak, of the process (on CUDA of the allocator). Seconds: set_up, training, frontier, finish, and all.
     """
 
     weights: int
@@ -93,11 +93,11 @@ def _measured(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, settin
     n_prompts, sizes = round(len(searched) * turned), len(run.sizes())
     judged = min(len(held), JUDGED)
     path = len(PATH) * min(PATH_PROMPTS, n_prompts) * step / len(rows)
-    finish = forward * (expected_forwards(n_prompts) + 8 * (min(n_prompts, SEARCHED) + judged))
+    finish = forward * (expected_forwards(land) + 8 * (min(n_prompts, SEARCHED) + judged))
     each = land.reference.bytes_per_prompt
     stand_ins = each * sum(min(n, settings.cache_bytes // max(each, 1)) for n in (n_prompts, len(held)))
     logits = (n_prompts + len(held)) * land.reference.full[0].numel() * 4
-    state = logits + 4 * land.n * (8 + 4 * len(rows)) + 4 * DIRECTIONS * min(n_prompts, MODELLED) * min(land.n, land.n // 4 + 4096)
+    state = logits + 4 * land.n * (8 + max(4 * len(rows), 2 * TOGETHER))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     peak = max(before, peak_memory(model)) + stand_ins + state
     return Estimate(weights, stand_ins, saved, state, peak, set_up, settings.steps_of(land.n) * step + path,

@@ -6,6 +6,10 @@ by the root mean square that gradients have at about this size, since a small ci
 size a prompt weighs as much as its loss is large. T falls from step to step, so that soft masks end near binary ones; the scores that come
 out are the mean over the last half of the steps.
 
+Two things make few steps enough. Sizes are drawn most often where the loss is about what was asked for; the loss at each size is known from
+the steps before. And nodes learn together: the nodes of one head, or of one side of an MLP, share a score beside their own, whose gradient
+is the sum of theirs and so far above the noise of single prompts.
+
 Scores start from how much each node matters for any prompt: the root mean square over prompts of its integrated gradient. The mean
 would call a node useless that helps one prompt and hurts another; removed, it is missed by both.
 """
@@ -18,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_nodeprune.nodes import NodeSpace
 from tl_nodeprune.search.budget import Limits
 from tl_nodeprune.search.landscape import Landscape
 
@@ -26,9 +31,11 @@ PATH_PROMPTS = 48
 START_WIDTH, FARTHEST = 2.0, 3.0  # standard deviation of the scores at the start; how many of them a score may be from their mean
 SMALLEST = 0.005  # share of the nodes
 HOT, COLD = 0.5, 0.1  # temperature T at the first and the last step
-RATE, LAST_RATE = 0.3, 0.05
-MEMORY, SQUARES, DAMPING = 0.9, 0.999, 0.3  # Adam's; large DAMPING leaves loud nodes louder than quiet ones
-SIZE_BINS, KEPT, LOUDEST = 12, 0.9, 3.0  # of gradients' squares: bins of sizes, memory; a prompt's loudness over its bin's, at most
+RATE, LAST_RATE = 0.15, 0.03
+MEMORY, SQUARES, DAMPING = 0.9, 0.999, 0.1  # Adam's; large DAMPING leaves loud nodes louder than quiet ones
+SIZE_BINS, KEPT, LOUDEST = 24, 0.9, 3.0  # of what is known by size: bins, memory; a prompt's loudness over its bin's, at most
+ELSEWHERE, NEAR = 0.1, 3.0  # how often sizes far from the one asked for are drawn; a factor in loss, or in size, that is near it
+LIMITED_RATE = 2.0  # within limits: times the rate, for a plain gradient
 AVERAGED = 0.5  # share of the steps at the end whose scores are averaged
 BINS = 4096
 
@@ -36,17 +43,20 @@ BINS = 4096
 class Nested:
     """The training of one order of all nodes. All that it changes is in `state`, so that a run can be saved and taken up again.
 
+    near: a loss (float) or a number of nodes (int) about which sizes are drawn most often; None: all sizes alike, by their logarithm.
     limits: instead of nested sizes, the circuit that is best within limits of single granularities, as a binary mask.
     """
 
-    def __init__(self, landscape: Landscape, *, steps: int, step_prompts: int, generator: torch.Generator,
+    def __init__(self, landscape: Landscape, *, steps: int, step_prompts: int, generator: torch.Generator, near: float | int | None = None,
                  limits: Limits | None = None) -> None:
-        self.landscape, self.steps, self.limits, self.generator = landscape, steps, limits, generator
+        self.landscape, self.steps, self.near, self.limits, self.generator = landscape, steps, near, limits, generator
         self.batch = min(step_prompts, landscape.n_prompts)
-        zeros = torch.zeros(landscape.n, device=landscape.device)
-        self.state = {"scores": zeros.clone(), "mean": zeros.clone(), "first": zeros.clone(), "second": zeros.clone(),
+        self.groups = groups(landscape.space).to(landscape.device)
+        self.sizes = torch.bincount(self.groups).float()
+        zeros, moments, bins = (torch.zeros(n, device=landscape.device) for n in (landscape.n, landscape.n + len(self.sizes), SIZE_BINS))
+        self.state = {"scores": zeros.clone(), "mean": zeros.clone(), "first": moments.clone(), "second": moments.clone(),  # groups last
                       "order": torch.empty(0, dtype=torch.long), "step": torch.zeros(2, dtype=torch.long),  # steps done, averaged
-                      "power": torch.zeros(SIZE_BINS, device=landscape.device),  # mean square of the gradients, by size
+                      "power": bins.clone(), "losses": bins.clone(),  # by size: mean square of the gradients, mean loss
                       "lowest": torch.tensor(math.inf, device=landscape.device),
                       "trace": torch.zeros(steps, 3, device=landscape.device)}  # of each step: loss, size, temperature
 
@@ -80,29 +90,39 @@ class Nested:
         losses, grad = self.landscape.gradient(gates, rows, self.done)
         if not self.limits:  # tau_k moves with the scores, so that the size stays
             grad = window * (grad - (window * grad).sum(1, keepdim=True) / window.sum(1, keepdim=True).clamp(min=1e-9))
+        self._note("losses", losses.loss, bins)
         grad = (grad / self._loudness(grad.pow(2).mean(1), bins)[:, None]).mean(0)
-        t = self.done + 1
-        state["first"].mul_(MEMORY).add_(grad, alpha=1 - MEMORY)
-        state["second"].mul_(SQUARES).addcmul_(grad, grad, value=1 - SQUARES)
-        scale = (state["second"] / (1 - SQUARES**t)).sqrt() + DAMPING
         rate = LAST_RATE + (RATE - LAST_RATE) * (1 + math.cos(math.pi * progress)) / 2
         if self.limits and losses.loss.mean() < state["lowest"]:  # within limits it is one circuit that is sought: the best that was met
             state["lowest"], state["mean"], state["step"][1] = losses.loss.mean(), state["scores"].clone(), 1
-        state["scores"] -= rate * grad if self.limits else rate / (1 - MEMORY**t) * state["first"] / scale
+        state["scores"] -= rate * (LIMITED_RATE * grad if self.limits else self._move(grad))
         state["step"][0] += 1
         if progress >= AVERAGED and not self.limits:
             state["step"][1] += 1
             state["mean"] += (state["scores"] - state["mean"]) / int(state["step"][1])
-        state["trace"][t - 1] = torch.stack([losses.loss.mean(), gates.sum(1).mean(), torch.tensor(temperature, device=grad.device)])
+        trace = [losses.loss.mean(), gates.sum(1).mean(), torch.tensor(temperature, device=grad.device)]
+        state["trace"][self.done - 1] = torch.stack(trace)
+
+    def _move(self, grad: Float[Tensor, "node"]) -> Float[Tensor, "node"]:
+        """Adam's step for the nodes' own scores and those of their groups, together."""
+        state, n, t = self.state, self.landscape.n, self.done + 1
+        grad = torch.cat([grad, torch.zeros_like(self.sizes).index_add_(0, self.groups, grad) / self.sizes.sqrt()])
+        state["first"].mul_(MEMORY).add_(grad, alpha=1 - MEMORY)
+        state["second"].mul_(SQUARES).addcmul_(grad, grad, value=1 - SQUARES)
+        move = state["first"] / (1 - MEMORY**t) / ((state["second"] / (1 - SQUARES**t)).sqrt() + DAMPING)
+        return move[:n] + (move[n:] * (self.sizes > 1))[self.groups]
+
+    def _note(self, name: str, values: Float[Tensor, "row"], bins: Int[Tensor, "row"]) -> Float[Tensor, "bin"]:
+        """Keep the mean of what is seen at each size, the last steps most."""
+        known = self.state[name]
+        count, now = (torch.zeros_like(known).index_add_(0, bins, value) for value in (torch.ones_like(values), values))
+        now = now / count.clamp(min=1)
+        self.state[name] = torch.where(count > 0, torch.where(known > 0, KEPT * known + (1 - KEPT) * now, now), known)
+        return self.state[name]
 
     def _loudness(self, squares: Float[Tensor, "row"], bins: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
         """What each prompt's gradient is divided by: the root mean square of those at its size so far."""
-        power = self.state["power"]
-        count, now = (torch.zeros_like(power).index_add_(0, bins, value) for value in (torch.ones_like(squares), squares))
-        now = now / count.clamp(min=1)
-        kept = torch.where(power > 0, KEPT * power + (1 - KEPT) * now, now)
-        self.state["power"] = torch.where(count > 0, kept, power)
-        return torch.maximum(self.state["power"][bins], squares / LOUDEST**2).sqrt().clamp(min=1e-12)
+        return torch.maximum(self._note("power", squares, bins)[bins], squares / LOUDEST**2).sqrt().clamp(min=1e-12)
 
     def _rows(self) -> Tensor:
         """The next prompts: all of them in a random order, then again in another."""
@@ -115,19 +135,49 @@ class Nested:
         return order[: self.batch]
 
     def _nested(self, batch: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Soft masks [row node] of sizes spread log-uniformly; how far each gate moves with its score, times T; the sizes' bins [row]."""
-        n = self.landscape.n
-        low = math.log(max(SMALLEST * n, 1))
-        places = (torch.randperm(batch, generator=self.generator) + torch.rand(batch, generator=self.generator)) / batch
-        sizes = torch.exp(low + places * (math.log(n) - low)).clamp(max=n * (1 - 1e-4)).to(self.landscape.device)
+        """Soft masks [row node] of sizes spread by `_often`; how far each gate moves with its score, times T; the sizes' bins [row]."""
+        n, device = self.landscape.n, self.landscape.device
+        ends = torch.cat([torch.zeros(1, device=device), self._often().cumsum(0)])
+        drawn = (torch.randperm(batch, generator=self.generator) + torch.rand(batch, generator=self.generator)) / batch
+        drawn = drawn.to(device) * ends[-1]
+        bins = (torch.searchsorted(ends, drawn, right=True) - 1).clamp(0, SIZE_BINS - 1)
+        places = (bins + (drawn - ends[bins]) / (ends[bins + 1] - ends[bins])) / SIZE_BINS
+        low = self._lowest()
+        sizes = torch.exp(low + places * (math.log(n) - low)).clamp(max=n * (1 - 1e-4))
         scores = self.state["scores"]
         masks = torch.sigmoid((scores - thresholds(scores, sizes, temperature)[:, None]) / temperature)
-        return masks, masks * (1 - masks), (places * SIZE_BINS).long().clamp(max=SIZE_BINS - 1).to(self.landscape.device)
+        return masks, masks * (1 - masks), bins
+
+    def _lowest(self) -> float:
+        """The logarithm of the smallest size."""
+        return math.log(max(SMALLEST * self.landscape.n, 1))
+
+    def _often(self) -> Float[Tensor, "bin"]:
+        """How often sizes of each bin are drawn: once where they are near what is asked for, ELSEWHERE times far from it."""
+        known, low = self.state["losses"], self._lowest()
+        if self.near is None:
+            return torch.ones_like(known)
+        middles = low + (torch.arange(SIZE_BINS, device=known.device) + 0.5) / SIZE_BINS * (math.log(self.landscape.n) - low)
+        off = (known.log() if isinstance(self.near, float) else middles) - math.log(self.near)
+        often = ELSEWHERE + (1 - ELSEWHERE) / (1 + (off / math.log(NEAR)) ** 4)
+        return torch.where((known > 0).all(), often, torch.ones_like(known))
 
     def _within(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         assert self.limits is not None
         kept = self.limits.best(self.state["scores"].cpu()).float().to(self.landscape.device)
         return kept.expand(batch, -1), kept, torch.zeros(batch, dtype=torch.long, device=self.landscape.device)
+
+
+def groups(space: NodeSpace) -> Int[Tensor, "node"]:
+    """Which group each node is in: a head's dims, a layer's neurons, an MLP's output dims; a coarser node is one of its own."""
+    parts, n = list[Tensor](), 0
+    for key in space.free():
+        shape = space.shapes[key]
+        together = key.granularity in ("attn_neuron", "mlp_neuron", "mlp_out")
+        own = torch.arange(math.prod(shape[:-1] if together else shape))
+        parts.append(n + own.repeat_interleave(shape[-1] if together else 1))
+        n += len(own)
+    return torch.cat(parts)
 
 
 def thresholds(scores: Float[Tensor, "node"], sizes: Float[Tensor, "size"], temperature: float) -> Float[Tensor, "size"]:

@@ -23,13 +23,14 @@ from tl_nodeprune.reference import Reference
 from tl_nodeprune.scores import NodeScores
 from tl_nodeprune.search.budget import Budget, budget_of
 from tl_nodeprune.search.checkpoint import Checkpoint, asked
-from tl_nodeprune.search.finish import MEASURED, Finish, expected_forwards
+from tl_nodeprune.search.exact_tests import MEASURED, ExactTests, expected_forwards
 from tl_nodeprune.search.held_out import ENOUGH, ENOUGH_HELD, HeldOut, set_aside
 from tl_nodeprune.search.paper import PaperObjective
 from tl_nodeprune.search.run import Progress, Run, Settings, going, searchable
 
 FEW = 0.5  # the budget on the prompts searched over that asked for, where those held out are too few to tell
 SURE = 1.25  # times the nodes, at most, that are kept where they make sure of the budget
+ROOM = 0.25  # of what the budget leaves, the share that exact tests may use
 BISECTED = 0.02  # a size is settled when the next smaller one tried is nearer than this share
 
 
@@ -179,7 +180,7 @@ def prune(
     searched, held = set_aside(prompts, held_out, seed)
     saved = None if checkpoint is None else Checkpoint(checkpoint, asked(
         masks, prompts, held_out, loss=getattr(budget.loss, "__name__", "loss"), limits=budget.limits and dict(budget.limits.most),
-        steps=steps, step_prompts=step_prompts, seed=seed))
+        budget=(budget.max_loss, budget.max_size), steps=steps, step_prompts=step_prompts, seed=seed))
     if device_of(model).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device_of(model))
     with going(masks, "prune", settings, progress) as bar:
@@ -235,10 +236,10 @@ def _found(run: Run, start: Circuit | None, exact_tests: int, frontier: pd.DataF
     cut = _cut(run, table)
     if start is not None:
         cut = _better(run, cut, run.landscape.flat(start))
-    bar.stage("bettering the circuit")
-    bar.plan(expected_forwards(run.landscape.n_prompts))
-    finish = Finish(run.landscape, budget, run.searched_rows(MEASURED), run.order, generator=run.generator, over=bar.over)
-    chain = _bettered(run, finish, cut, exact_tests)
+    bar.stage("exact tests")
+    bar.plan(expected_forwards(run.landscape))
+    tests = ExactTests(run.landscape, budget, run.searched_rows(MEASURED), run.order, bar.over)
+    chain = [cut, run.landscape.without_moot(tests.minimal(cut, _room(run, tests, cut), exact_tests) if budget.smallest else cut)]
     kept = _choose(run, chain)
     (held,) = run.judge([kept], most=None)
     run.masks.ablation = run.landscape.with_coarse(run.landscape.ablation_now())
@@ -250,7 +251,7 @@ def _found(run: Run, start: Circuit | None, exact_tests: int, frontier: pd.DataF
         circuit, False if run.preference.no_task else met, held.kl, float(run.landscape.losses(kept[None].float(), rows).loss.mean()),
         [Step(i, loss, round(size), heat) for i, (loss, size, heat) in enumerate(run.trace.tolist())], bar.seconds,
         peak_memory(run.masks.model), (held.low, held.high), held.accuracy, run.preference.p_value if run.by_kl else math.nan,
-        budget.smallest and finish.tests.complete and kept is chain[-1], finish.tests.tested, finish.tests.ruled_out,
+        budget.smallest and tests.complete and kept is chain[-1], tests.tested, tests.ruled_out,
         "time limit" if bar.over() or run.cut_short else "", table, ranking, NodeScores.from_circuit(circuit, within=ranking),
         run.given, run.held.prompts if run.held else None,
         "KL" if budget.loss is kl_divergence else getattr(budget.loss, "__name__", "loss"))
@@ -295,26 +296,13 @@ def _better(run: Run, cut: Tensor, start: Tensor) -> Tensor:
     return start if fits and losses[1] < losses[0] else cut
 
 
-def _bettered(run: Run, finish: Finish, cut: Tensor, exact_tests: int) -> list[Tensor]:
-    """Circuits from the cut to the smallest that the finish comes to."""
-    finish.begin(cut)
-    better = finish.exchange(cut)
-    chain = [cut, better]
-    if run.budget.smallest:
-        limit = _room(run, finish, better)
-        chain += finish.remove(better, limit)[1:]
-        chain.append(run.landscape.without_moot(finish.minimal(chain[-1], limit, exact_tests)))
-    else:
-        chain.append(run.landscape.without_moot(better))
-    return chain
-
-
-def _room(run: Run, finish: Finish, kept: Tensor) -> float:
-    """How far the loss on the prompts searched may rise: as far as that on prompts held out rises to the budget, in proportion."""
+def _room(run: Run, tests: ExactTests, kept: Tensor) -> float:
+    """How far the loss on the prompts searched may rise: a part of the way to where that on prompts held out comes to the budget, in
+    proportion. All of it would go into units that are dearer than what the order cuts next."""
     budget, (held,) = run.budget, run.judge([kept])
-    loss = float(finish.measure([kept]).loss.mean())
+    loss = float(tests.measure([kept]).loss.mean())
     most = budget.max_loss * (FEW if run.n_held < ENOUGH_HELD else 1.0)
-    return max(min(most, loss * budget.max_loss / max(held.kl, 1e-9)), loss)
+    return loss + ROOM * max(min(most, loss * budget.max_loss / max(held.kl, 1e-9)) - loss, 0)
 
 
 def _choose(run: Run, chain: list[Tensor]) -> Tensor:

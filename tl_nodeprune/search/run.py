@@ -28,7 +28,7 @@ from tl_nodeprune.reference import Reference
 from tl_nodeprune.scores import NodeScores, ranks
 from tl_nodeprune.search.budget import Budget
 from tl_nodeprune.search.checkpoint import Checkpoint
-from tl_nodeprune.search.finish import expected_forwards
+from tl_nodeprune.search.exact_tests import expected_forwards
 from tl_nodeprune.search.held_out import HeldOut
 from tl_nodeprune.search.landscape import STEP_COST, Landscape, circuits_of
 from tl_nodeprune.search.nested import PATH, PATH_PROMPTS, Nested
@@ -36,7 +36,8 @@ from tl_nodeprune.search.nested import PATH, PATH_PROMPTS, Nested
 SMALLEST_SHARE, N_SIZES = 0.001, 36  # of the frontier
 SEARCHED, JUDGED = 48, 256  # prompts that the frontier is measured on, at most: of those searched on, and of those held out
 STEP_PROMPTS, CUDA_STEP_PROMPTS = 32, 64
-STEPS_AT_1000, STEPS_POWER, FEWEST_STEPS = 100, 0.4, 150  # 200 for 5,000 nodes, 580 for 80,000
+STEPS_AT_1000, STEPS_POWER, FEWEST_STEPS = 160, 0.3, 160  # 265 for 5,000 nodes, 600 for 80,000
+TRAINED_AT = 0.7  # of the budget, since fresh prompts have more loss than those trained on
 PARTS, TRAINING, FRONTIER = 4, 0.6, 0.75  # of a time limit: by when the training ends, and the frontier is measured
 
 
@@ -185,15 +186,22 @@ class Run:
     def held(self) -> Sample | None:
         return self.samples[1] if len(self.samples) > 1 else None
 
+    @property
+    def near(self) -> float | int | None:
+        """What the sizes trained on are near: a loss, a number of nodes, or nothing where all are asked for."""
+        if self.held is None:
+            return None
+        return TRAINED_AT * self.budget.max_loss if self.budget.smallest else self.budget.max_size
+
     def train(self, checkpoint: Checkpoint | None = None) -> None:
         """Leaves the order of all nodes in `order`."""
         settings, progress = self.settings, self.progress
         steps = settings.steps_of(self.landscape.n)
         nested = Nested(self.landscape, steps=steps, step_prompts=settings.prompts_of(self.landscape.device),
-                        generator=self.generator, limits=self.budget.limits)
+                        generator=self.generator, near=self.near, limits=self.budget.limits)
         sizes = len(self.sizes())
         measured = sizes * sum(min(len(sample.prompts), most) for sample, most in zip(self.samples, (SEARCHED, JUDGED), strict=False))
-        to_come = 2 * measured + expected_forwards(self.landscape.n_prompts) if self.held is not None else 0
+        to_come = 2 * measured + expected_forwards(self.landscape) if self.held is not None else 0
         progress.plan(STEP_COST * (steps * nested.batch + len(PATH) * min(PATH_PROMPTS, self.landscape.n_prompts)) + to_come)
         progress.stage("ordering all nodes")
         if checkpoint is None or not checkpoint.restore(nested, self.generator):
