@@ -16,9 +16,9 @@ from torch import Tensor
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.hooks import capture_nodes
+from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.reference import Reference, positions
-from tl_nodeprune.search.landscape import Landscape
 
 FULL, ABLATED, PATH = (1.0,), (0.0,), tuple((i + 0.5) / 10 for i in range(10))
 """Points on the straight path from the ablated run (0) to the full model (1); the gradient is averaged over them."""

@@ -20,8 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.hooks import temporary_hooks
+from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.reference import Reference
-from tl_nodeprune.search.landscape import Landscape
 
 REPEATS = 15
 SHAPES = {"six": (6, 512, 8, 5000), "gpt2": (12, 768, 12, 50257)}  # layers, d_model, heads, vocabulary

@@ -13,10 +13,10 @@ from test_landscape import landscape_of
 from torch import Tensor
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.landscape import Losses, circuits_of
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.search.budget import Budget, Limits, budget_of
-from tl_nodeprune.search.landscape import Losses, circuits_of
 
 Toy = tuple[Any, tlnp.PromptPairs]
 COARSE = ("layer", "attn", "mlp", "head")

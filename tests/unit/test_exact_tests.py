@@ -10,9 +10,9 @@ from test_landscape import all_rows, landscape_of, random_kept
 from torch import Tensor
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.landscape import Landscape, circuits_of
 from tl_nodeprune.search.budget import Budget
 from tl_nodeprune.search.exact_tests import ExactTests
-from tl_nodeprune.search.landscape import Landscape, circuits_of
 
 Toy = tuple[Any, tlnp.PromptPairs]
 COARSE = ("head", "mlp")

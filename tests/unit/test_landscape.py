@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.landscape import Landscape, circuits_of
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.reference import Reference
-from tl_nodeprune.search.landscape import Landscape, circuits_of
 
 Toy = tuple[Any, tlnp.PromptPairs]
 

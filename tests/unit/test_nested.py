@@ -10,8 +10,8 @@ from test_landscape import all_rows, landscape_of
 from torch import Tensor
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.landscape import circuits_of
 from tl_nodeprune.search.budget import Limits
-from tl_nodeprune.search.landscape import circuits_of
 from tl_nodeprune.search.nested import BINS, FARTHEST, START_WIDTH, Nested, effects, thresholds
 
 Toy = tuple[Any, tlnp.PromptPairs]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.hooks import find_attachment
+from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.masks import NodeMasks, add_node_masks
 from tl_nodeprune.probe import device_of, peak_memory
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.search.budget import Budget
 from tl_nodeprune.search.exact_tests import TOGETHER, expected_forwards
 from tl_nodeprune.search.held_out import set_aside
-from tl_nodeprune.search.landscape import Landscape
 from tl_nodeprune.search.nested import PATH, PATH_PROMPTS
 from tl_nodeprune.search.run import JUDGED, SEARCHED, Progress, Run, Settings, searchable
 

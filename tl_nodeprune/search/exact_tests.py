@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_nodeprune.landscape import Landscape, Losses, circuits_of
 from tl_nodeprune.search.budget import Budget
-from tl_nodeprune.search.landscape import Landscape, Losses, circuits_of
 
 MEASURED, GLANCE = 64, 8  # prompts that a test is run on, at most; of these, those that every candidate is run on first
 TOGETHER = 32  # circuits that are put to the model in one call

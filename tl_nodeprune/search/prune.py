@@ -94,7 +94,7 @@ class PruneResult:
         """The circuit of another budget, from the same run: no new search.
 
         max_kl: the smallest on the frontier within it, on the prompts held out; max_nodes: the largest of at most so many (a share or a
-            count). finish: attached masks over the same nodes; the circuit is then bettered and tested as by `prune`, on the same prompts.
+            count). finish: attached masks over the same nodes; the circuit is then cut finely and tested as by `prune`, on its prompts.
 
         Raises: ValueError for a budget that is missing, doubled, out of range, or that no circuit of the frontier meets, a result that has
         no frontier (an objective's, or one within limits by granularity), and masks over other nodes.
@@ -145,7 +145,7 @@ def prune(
     held_out: prompts to judge by that are never searched on; None: a quarter of `prompts` at random, 8 different ones at least where there
         are 24. From fewer the result says that the budget is untested.
     start: a circuit to better, in place of the run's own cut, where it is within the budget and smaller.
-    steps: of the training that orders all nodes; None: 200 for 5,000 nodes, 580 for 80,000. step_prompts: prompts per step, drawn at
+    steps: of the training that orders all nodes; None: 265 for 5,000 nodes, 600 for 80,000. step_prompts: prompts per step, drawn at
         random; None: 32, on CUDA 64. The cost of a step does not grow with the number of prompts.
     exact_tests: with max_kl or max_loss, leaf nodes whose removal is tried exactly at the end, the likeliest first. Heads and blocks
         above them are tested too, unless their price rules them out by far.

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.hooks import find_attachment
+from tl_nodeprune.landscape import STEP_COST, Landscape, circuits_of
 from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.masks import NodeMasks
 from tl_nodeprune.preference import Preference, Sample, preference
@@ -30,7 +31,6 @@ from tl_nodeprune.search.budget import Budget
 from tl_nodeprune.search.checkpoint import Checkpoint
 from tl_nodeprune.search.exact_tests import expected_forwards
 from tl_nodeprune.search.held_out import HeldOut
-from tl_nodeprune.search.landscape import STEP_COST, Landscape, circuits_of
 from tl_nodeprune.search.nested import PATH, PATH_PROMPTS, Nested
 
 SMALLEST_SHARE, N_SIZES = 0.001, 36  # of the frontier
