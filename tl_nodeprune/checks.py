@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,12 +20,32 @@ def check_counts(least: int = 1, **counts: object) -> None:
             raise ValueError(f"{name}={value!r}; it must be a whole number, {least} or more.")
 
 
-def check_agreement(agreement: object) -> None:
+def check_number(name: str, value: object, kind: type = Real) -> None:
+    """Raises TypeError for what is no number, or no whole one (Integral)."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r}; it must be a {'whole ' if kind is Integral else ''}number.")
+
+
+def check_agreement(agreement: Any) -> None:
     """Raises TypeError for what is no number, ValueError for no share; None is right."""
-    if agreement is not None and (isinstance(agreement, bool) or not isinstance(agreement, Real)):
-        raise TypeError(f"agreement={agreement!r}; it must be a number.")
-    if agreement is not None and not 0 <= agreement <= 1:  # type: ignore[operator]
+    if agreement is None:
+        return
+    check_number("agreement", agreement)
+    if not 0 <= agreement <= 1:
         raise ValueError(f"agreement={agreement}; it is a share of the prompts, 0 to 1.")
+
+
+def check_several(name: str, given: Any, kind: type, example: str) -> tuple[Any, ...]:
+    """What was given as a tuple. Raises ValueError where it is empty or doubled, TypeError where it is not several numbers of a kind."""
+    values = tuple(given) if isinstance(given, Iterable) else ()
+    if not isinstance(given, Iterable) or any(isinstance(value, bool) or not isinstance(value, kind) for value in values):
+        raise TypeError(f"{name}={given!r}; give several {'whole ' if kind is Integral else ''}numbers, such as {example}.")
+    if not values:
+        raise ValueError(f"{name} is empty; give one or more numbers, such as {example}.")
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise ValueError(f"{name}={values} holds {twice[0]} more than once; give each once.")
+    return values
 
 
 def _is_integer(value: Any) -> bool:

@@ -6,9 +6,10 @@ model of Llama-3.1-8B's shape, which needs no file.
 
 Prompts that the full model answers right are split by their clean prompt: `--prompts` to search on, `--fresh` to judge on. Parts:
 
-frontier: one run of `rank`: time, and KL and right choices on the fresh prompts at `SHARES` of the leaf nodes.
+frontier: one run of `prune(max_kl=.25)`, exact tests included: time, and KL and right choices of its order on the fresh prompts at
+    `SHARES` of the leaf nodes. The fresh prompts are its `held_out`: the order does not know them, the circuit is cut by them.
 baselines: each given as many forward-backward passes of a prompt as that run took, or as it can use.
-prune: `prune(max_kl=.25)`, and PaperObjective on the same prompts for as long.
+prune: the circuit of that run, and PaperObjective on the same prompts for as long.
 heads: which heads the run ranks highest, and where they look.
 speed: a step of the search beside a plain forward and backward of the bridge.
 """
@@ -35,7 +36,7 @@ import real_tables  # noqa: E402
 import shapes  # noqa: E402
 from baselines import attached  # noqa: E402
 from real_case import SHARES, Case, counted, different, synchronise  # noqa: E402, F401
-from real_prune import MATCH, PAPER, PRUNE, prune  # noqa: E402, F401
+from real_prune import MATCH, PAPER, PRUNE, ours, prune  # noqa: E402, F401
 from real_tables import HEADS, OURS, SPEED  # noqa: E402
 from report import Results  # noqa: E402
 from trained import STEPS, TRAINED  # noqa: E402
@@ -49,18 +50,18 @@ from tl_nodeprune.search.nested import Nested  # noqa: E402
 def frontier(case: Case) -> None:
     if case.has(OURS):
         return
-    with attached(case.model) as masks:
-        searched, fresh = case.sides
-        start, cpu = time.perf_counter(), time.process_time()
-        with counted() as count:
-            scores = tlnp.rank(masks, searched, steps=case.options.steps, batch_size=case.options.batch_size, seed=case.seed,
-                               step_prompts=case.options.step_prompts, cache_bytes=case.options.cache_bytes, progress=case.options.bar)
-        synchronise(case.options.device)
-        took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-        torch.save(scores.flat, case.file("ranking"))
-        with masks.inactive():
-            case.judged(OURS, scores.flat, case.land(masks, fresh), passes=count[0] // STEP_COST, searched=len(searched),
-                        searched_different=different(searched), fresh=len(fresh), fresh_different=different(fresh), **took)
+    searched, fresh = case.sides
+    start, cpu = time.perf_counter(), time.process_time()
+    with counted() as count:
+        result = ours(case)
+    synchronise(case.options.device)
+    took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    assert result.ranking is not None
+    flat = result.ranking.flat
+    torch.save(flat, case.file("ranking"))
+    with attached(case.model) as masks, masks.inactive():
+        case.judged(OURS, flat, case.land(masks, fresh), passes=count[0] // STEP_COST, searched=len(searched),
+                    searched_different=different(searched), fresh=len(fresh), fresh_different=different(fresh), **took)
 
 
 def all_baselines(case: Case) -> None:

@@ -23,15 +23,20 @@ MATCH = "ours at the held-out KL of PaperObjective"
 
 def prune(case: Case) -> None:
     """Ours at MAX_KL; the paper's objective on the same prompts for as long; ours at the KL of that."""
-    ours = searched(case, PRUNE, None, max_kl=MAX_KL, steps=case.options.steps, step_prompts=case.options.step_prompts,
-                    time_limit=case.options.time_limit)
+    found = ours(case)
     if not case.has(PAPER):
-        steps, each = paper_steps(case, ours.seconds)
+        steps, each = paper_steps(case, found.seconds)
         objective = tlnp.PaperObjective(lam=LAM, summed=True, steps=steps, warmup=steps * 2 // 3)
-        searched(case, PAPER, PAPER_GRANULARITIES, objective=objective, time_limit=ours.seconds,
+        searched(case, PAPER, PAPER_GRANULARITIES, objective=objective, time_limit=found.seconds,
                  noted={"asked_steps": steps, "seconds_per_step": each})
     if not case.has(MATCH):
-        match(case, ours, torch.load(case.file("paper"), weights_only=False))
+        match(case, found, torch.load(case.file("paper"), weights_only=False))
+
+
+def ours(case: Case) -> tlnp.PruneResult:
+    """Our search at MAX_KL, its circuit judged on the fresh prompts."""
+    return searched(case, PRUNE, None, max_kl=MAX_KL, steps=case.options.steps, step_prompts=case.options.step_prompts,
+                    time_limit=case.options.time_limit, held_out=case.sides[1])
 
 
 def paper_steps(case: Case, seconds: float) -> tuple[int, float]:

@@ -1,7 +1,7 @@
 """From attached masks and prompts to a circuit.
 
 A search is one run. `nested` trains one score per node, so that for every size the nodes of highest score are a circuit; `run` measures
-the frontier of size against KL, on prompts that were searched on and on others that never are. `prune` cuts that order where the budget
+the frontier of size against KL, on prompts that were searched on and on others that never are. `cut` cuts that order where the budget
 holds on the others, and `exact_tests` closes each unit and node of what is left in turn, to see that none can be left out. `rank` is
 the same run without a cut, `sweep` the same run per seed.
 
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from tl_nodeprune.search.estimate import Estimate, estimate
 from tl_nodeprune.search.paper import PaperObjective
-from tl_nodeprune.search.prune import PruneResult, Step, prune
+from tl_nodeprune.search.prune import prune
 from tl_nodeprune.search.rank import rank
+from tl_nodeprune.search.result import PruneResult, Step
 from tl_nodeprune.search.sweep import Sweep, SweepRun, sweep
 
 __all__ = ["Estimate", "PaperObjective", "PruneResult", "Step", "Sweep", "SweepRun", "estimate", "prune", "rank", "sweep"]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tl_nodeprune.checks import check_agreement
+from tl_nodeprune.checks import check_agreement, check_number
 from tl_nodeprune.landscape import Losses
 from tl_nodeprune.losses import LossFn, kl_divergence
 from tl_nodeprune.nodes import GRANULARITIES, GateKey, NodeSpace
@@ -66,8 +66,8 @@ def budget_of(space: NodeSpace, *, max_kl: float | None = None, agreement: float
         return Budget(limits=Limits.of(space, max_nodes))
     check_agreement(agreement)
     for name, value in given.items():
-        if name != "objective" and value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-            raise TypeError(f"{name}={value!r}; it must be a number.")
+        if name != "objective" and value is not None:
+            check_number(name, value)
     limit = max_kl if max_kl is not None else max_loss
     if limit is not None and not 0 < limit < float("inf"):
         raise ValueError(f"{chosen[0]}={limit}; it must be a finite number above 0 (nats for max_kl; 0.05 is a good start).")
@@ -182,8 +182,7 @@ def _sums(unit: Tensor, values: Tensor) -> Tensor:
 
 def count_of(name: str, given: float | int, total: int) -> int:
     """A share (float) or count (int) of so many nodes as a count. Raises ValueError where it is out of range, TypeError for no number."""
-    if isinstance(given, bool) or not isinstance(given, Real):
-        raise TypeError(f"{name}={given!r}; it must be a number.")
+    check_number(name, given)
     is_share = not isinstance(given, Integral)
     count = round(given * total) if is_share and 0 < given <= 1 else 0 if is_share else given
     if not 1 <= count <= total:

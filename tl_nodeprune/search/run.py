@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_nodeprune.checks import check_counts
+from tl_nodeprune.checks import check_counts, check_number
 from tl_nodeprune.hooks import find_attachment
 from tl_nodeprune.landscape import STEP_COST, Landscape, circuits_of
 from tl_nodeprune.losses import kl_divergence
@@ -57,11 +57,11 @@ class Settings:
         counts = {"steps": self.steps, "batch_size": self.batch_size, "step_prompts": self.step_prompts}
         check_counts(**{name: value for name, value in counts.items() if value is not None})
         check_counts(0, cache_bytes=self.cache_bytes)
-        for name, value, kind in (("time_limit", self.time_limit, Real), ("seed", self.seed, Integral)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-                raise TypeError(f"{name}={value!r}; it must be a {'number of seconds, or None' if kind is Real else 'whole number'}.")
-        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
-            raise ValueError(f"time_limit={self.time_limit}; it must be a finite number of seconds above 0, or None.")
+        check_number("seed", self.seed, Integral)
+        if self.time_limit is not None:
+            check_number("time_limit", self.time_limit)
+            if not 0 < self.time_limit < math.inf:
+                raise ValueError(f"time_limit={self.time_limit}; it must be a finite number of seconds above 0, or None.")
         if self.checkpoint is not None and not isinstance(self.checkpoint, str | Path):
             raise TypeError(f"checkpoint={self.checkpoint!r}; give a folder's name, or None.")
 

@@ -16,14 +16,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_nodeprune.ablation import Ablation, as_ablation
-from tl_nodeprune.checks import check_agreement, check_counts
+from tl_nodeprune.checks import check_agreement, check_counts, check_several
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import Evaluation, evaluate
 from tl_nodeprune.masks import add_node_masks
 from tl_nodeprune.parallel import in_tasks, is_loader
 from tl_nodeprune.probe import device_of, find_nodes
 from tl_nodeprune.prompts import PromptPairs, check_pairs
-from tl_nodeprune.search.prune import PruneResult, prune
+from tl_nodeprune.search.prune import prune
+from tl_nodeprune.search.result import PruneResult
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _works(prompts: PromptPairs, budgets: tuple[float, ...], seeds: tuple[int, .
 
 
 def _budgets(given: Any) -> tuple[float, ...]:
-    values = _several("max_kl", given, Real, "(0.05, 0.1)")
+    values = check_several("max_kl", given, Real, "(0.05, 0.1)")
     for value in values:
         if not 0 < value < float("inf"):
             raise ValueError(f"max_kl={values} holds {value}; each must be a finite number above 0 (nats).")
@@ -186,20 +187,7 @@ def _budgets(given: Any) -> tuple[float, ...]:
 
 
 def _seeds(given: Any) -> tuple[int, ...]:
-    return tuple(int(value) for value in _several("seeds", given, Integral, "(0, 1, 2)"))
-
-
-def _several(name: str, given: Any, kind: type, example: str) -> tuple[Any, ...]:
-    """What was given as a tuple. Raises ValueError where it is empty or doubled, TypeError where it is not several of a kind."""
-    values = tuple(given) if isinstance(given, Iterable) else ()
-    if not isinstance(given, Iterable) or any(isinstance(value, bool) or not isinstance(value, kind) for value in values):
-        raise TypeError(f"{name}={given!r}; give several {'whole ' if kind is Integral else ''}numbers, such as {example}.")
-    if not values:
-        raise ValueError(f"{name} is empty; give one or more numbers, such as {example}.")
-    twice = [value for value in values if values.count(value) > 1]
-    if twice:
-        raise ValueError(f"{name}={values} holds {twice[0]} more than once; give each once.")
-    return values
+    return tuple(int(value) for value in check_several("seeds", given, Integral, "(0, 1, 2)"))
 
 
 def _check(model: Any, work: _Work) -> None:
