@@ -8,7 +8,7 @@ import pandas as pd
 from real_prune import MATCH, PAPER, PRUNE
 from report import line, markdown
 
-OURS, HEADS, SPEED = "ours, one run of rank", "heads", "speed"
+OURS, HEADS, SPEED = "ours, the order of one run", "heads", "speed"
 BARS = {0.04: 0.50, 0.08: 0.25, 0.15: 0.15, 0.30: 0.10}  # KL on fresh prompts at shares of the nodes, IOI on SmolLM2
 RIGHT, BASELINES, PAPER_RATIO, MINUTES, PRUNE_MINUTES, STEP_RATIO = 0.97, 0.5, 0.5, 20, 30, 0.3
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from tl_nodeprune.landscape import Landscape, Losses, circuits_of
 from tl_nodeprune.search.budget import Budget
 
-MEASURED, GLANCE = 64, 8  # prompts that a test is run on, at most; of these, those that every candidate is run on first
+MEASURED, GLANCE = 48, 8  # prompts that a test is run on, at most; of these, those that every candidate is run on first
 TOGETHER = 32  # circuits that are put to the model in one call
-WIDE, CHEAPEST = 4.0, 8  # a rise on the first prompts, over the room left, that rules a unit out; so many are tested all the same
+WIDE, CHEAPEST = 3.0, 8  # a rise on the first prompts, over the room left, that rules a unit out; so many are tested all the same
 CANDIDATES = 4  # nodes that are looked at, the lowest by the search's scores, for each that may be tested
 TAKEN = (1.0, 0.6, 0.3, 0.12)  # of units that can go one by one, the shares tried together
 SWEEPS, SETTLED = 2, 0.02  # over all units, at most; a sweep that closes less than this share of the nodes is the last
@@ -75,7 +75,7 @@ class ExactTests:
         rises = self._rises(kept, groups)
         order = rises.argsort().tolist()
         likely = [i for place, i in enumerate(order) if place < CHEAPEST or float(rises[i]) <= WIDE * room]
-        waiting, used = likely if most is None else likely[:most], 0
+        waiting, used, tried = likely if most is None else likely[:most], 0, set[int]()
         self.ruled_out += len(groups) - len(likely)
         self.complete &= len(waiting) == len(likely)
         while waiting and not self.over() and (most is None or used < most):
@@ -88,8 +88,10 @@ class ExactTests:
             taken = self._together(kept, [groups[i] for i in passed], allowed)
             for i in passed[:taken]:
                 kept = _without(kept, groups[i])
-            if taken:
-                waiting = passed[taken:] + waiting  # what could go alone may still
+            again = passed[taken:] if taken else []  # what could go alone may still, but is not tried a third time
+            waiting = [i for i in again if i not in tried] + waiting
+            self.complete &= not tried.intersection(again)
+            tried.update(again)
         self.tested += used
         self.complete &= not waiting
         return kept, used
