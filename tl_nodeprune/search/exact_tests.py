@@ -75,7 +75,7 @@ class ExactTests:
         rises = self._rises(kept, groups)
         order = rises.argsort().tolist()
         likely = [i for place, i in enumerate(order) if place < CHEAPEST or float(rises[i]) <= WIDE * room]
-        waiting, used, tried = likely if most is None else likely[:most], 0, set[int]()
+        waiting, used = likely if most is None else likely[:most], 0
         self.ruled_out += len(groups) - len(likely)
         self.complete &= len(waiting) == len(likely)
         while waiting and not self.over() and (most is None or used < most):
@@ -88,10 +88,8 @@ class ExactTests:
             taken = self._together(kept, [groups[i] for i in passed], allowed)
             for i in passed[:taken]:
                 kept = _without(kept, groups[i])
-            again = passed[taken:] if taken else []  # what could go alone may still, but is not tried a third time
-            waiting = [i for i in again if i not in tried] + waiting
-            self.complete &= not tried.intersection(again)
-            tried.update(again)
+            if taken:
+                waiting = passed[taken:] + waiting  # what could go alone may still
         self.tested += used
         self.complete &= not waiting
         return kept, used
