@@ -102,6 +102,14 @@ def test_when_time_is_up_the_circuit_stays(frozen_toy: Toy, granularities: Any) 
     assert torch.equal(tests.minimal(kept, 50.0, 10), kept) and not tests.complete and tests.tested == 0
 
 
+def test_when_time_is_up_while_candidates_are_looked_at_the_rest_is_left(frozen_toy: Toy) -> None:
+    """Two looks at the clock: the second one, before the second block of candidates, says that time is up."""
+    landscape, looks = landscape_of(frozen_toy, ("attn_neuron",), batch_size=240), iter([False] * 2 + [True] * 99)
+    kept = random_kept(landscape, 0.7)
+    tests = exact(landscape, Budget(max_loss=50.0), over=lambda: next(looks))
+    assert torch.equal(tests.minimal(kept, 50.0, 100), kept) and not tests.complete and (tests.tested, tests.ruled_out) == (0, 0)
+
+
 def test_choices_get_less_sure_by_as_much_as_the_loss_may_rise_at_most(frozen_toy: Toy) -> None:
     """A huge loss is allowed, and where the hinge is held to what it was, far less goes."""
     landscape = landscape_of(frozen_toy, COARSE, batch_size=240)

@@ -73,10 +73,11 @@ class ExactTests:
             return kept, 0
         room = max(allowed[0].max_loss - float(self.measure([kept]).loss.mean()), 0.0)
         rises = self._rises(kept, groups)
+        self.complete &= len(rises) == len(groups)
         order = rises.argsort().tolist()
         likely = [i for place, i in enumerate(order) if place < CHEAPEST or float(rises[i]) <= WIDE * room]
         waiting, used = likely if most is None else likely[:most], 0
-        self.ruled_out += len(groups) - len(likely)
+        self.ruled_out += len(rises) - len(likely)
         self.complete &= len(waiting) == len(likely)
         while waiting and not self.over() and (most is None or used < most):
             now = waiting[: TOGETHER if most is None else min(TOGETHER, most - used)]
@@ -95,11 +96,15 @@ class ExactTests:
         return kept, used
 
     def _rises(self, kept: Tensor, groups: list[Tensor]) -> Tensor:
-        """By how much the loss rises on the first prompts where each group is closed."""
+        """By how much the loss rises on the first prompts where each group is closed; of the first groups only when time is up."""
         few = self.rows[torch.linspace(0, len(self.rows) - 1, min(GLANCE, len(self.rows))).long()]
         before = self.landscape.losses(circuits_of([kept]), few).loss.mean()
-        found = [self.landscape.losses(circuits_of([_without(kept, group) for group in some]), few) for some in _blocks(groups)]
-        return (torch.cat([losses.loss.mean(-1) for losses in found]) - before).cpu()
+        found = []
+        for some in _blocks(groups):
+            if self.over():
+                break
+            found.append(self.landscape.losses(circuits_of([_without(kept, group) for group in some]), few).loss.mean(-1) - before)
+        return torch.cat(found).cpu() if found else torch.zeros(0)
 
     def _together(self, kept: Tensor, groups: list[Tensor], allowed: tuple[Budget, float]) -> int:
         """How many of groups that can go one by one can go together, in order."""
