@@ -12,7 +12,7 @@ from torch import Tensor
 import tl_nodeprune as tlnp
 from tl_nodeprune.landscape import circuits_of
 from tl_nodeprune.search.budget import Limits
-from tl_nodeprune.search.nested import BINS, FARTHEST, START_WIDTH, Nested, effects, thresholds
+from tl_nodeprune.search.nested import BINS, ELSEWHERE, FARTHEST, SIZE_BINS, START_WIDTH, Nested, effects, groups, thresholds
 
 Toy = tuple[Any, tlnp.PromptPairs]
 COARSE = ("head", "mlp")
@@ -108,3 +108,39 @@ def test_within_limits_the_masks_are_circuits_within_them(frozen_toy: Toy) -> No
     gates, _, _ = nested._within(8)
     assert gates.shape[0] == 8 and set(gates.unique().tolist()) == {0.0, 1.0}
     assert nested.limits is not None and nested.limits.hold(gates[0].bool())
+
+
+def test_dims_of_a_head_and_a_side_of_an_mlp_are_a_group_and_coarse_nodes_stand_alone(frozen_toy: Toy) -> None:
+    landscape = landscape_of(frozen_toy)
+    ids, found = landscape.gates(torch.arange(landscape.n)), groups(landscape.space)
+    expected = [row for key in landscape.keys for row in (ids[key] if key.granularity == "attn_neuron" else [ids[key]])]
+    assert int(found.max()) + 1 == len(expected) and all(len(found[row].unique()) == 1 for row in expected)
+    assert groups(landscape_of(frozen_toy, COARSE).space).tolist() == list(range(landscape_of(frozen_toy, COARSE).n))
+
+
+def test_what_a_group_has_in_common_moves_it_beyond_what_moves_its_nodes(frozen_toy: Toy) -> None:
+    nested = trained(frozen_toy, 1, granularities=None, given=True, until=0)
+    group = nested.groups == nested.groups[0]
+    signs = torch.where(torch.arange(int(group.sum())) % 2 == 0, 1.0, -1.0)
+    moves = []
+    for values in (torch.ones(int(group.sum())), signs):
+        nested.state["first"].zero_()
+        nested.state["second"].zero_()
+        moves.append(nested._move(torch.zeros(nested.landscape.n).masked_scatter(group, values)))
+    assert float(moves[0][group].min()) > 1.5 * float(moves[1][group].max()) and not moves[0][~group].any()
+
+
+@pytest.mark.parametrize("near", [0.1, 60])
+def test_sizes_are_drawn_most_often_near_what_is_asked_for(frozen_toy: Toy, near: float | int) -> None:
+    """A loss that falls with the size from 10 to .001; before every size was seen all are drawn alike."""
+    nested = trained(frozen_toy, 1, granularities=None, given=True, until=0)
+    nested.near = near
+    assert nested._often().tolist() == [1.0] * SIZE_BINS
+    nested.state["losses"] = torch.logspace(1, -3, SIZE_BINS)
+    often, wanted = nested._often(), near
+    if isinstance(near, float):
+        assert float(nested.state["losses"][often.argmax()]) == pytest.approx(near, rel=0.5)
+    assert float(often.min()) < 1.5 * ELSEWHERE and float(often.max()) > 0.9
+    sizes = torch.cat([nested._nested(64, 0.5)[0].sum(1) for _ in range(8)])
+    middle = float(sizes.log().median().exp()) if isinstance(wanted, int) else None
+    assert middle is None or wanted / 3 < middle < 3 * wanted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -108,10 +108,6 @@ class Limits:
         floor = [torch.full(space.shapes[key], 0.0 if key.granularity in most else OPEN_ABOVE).flatten() for key in space.free()]
         return cls(most, {name: _units(space, name) for name in most}, torch.cat(floor))
 
-    def among(self, nodes: Tensor) -> Limits:
-        """The same limits over some of the gates [c], by index. They hold only where all that is kept is among these."""
-        return replace(self, units={name: unit[nodes] for name, unit in self.units.items()}, floor=self.floor[nodes])
-
     def hold(self, kept: Tensor) -> bool:
         """Whether kept gates [node] are within all limits."""
         return all(int((_sums(unit, kept.float()) > 0).sum()) <= self.most[name] for name, unit in self.units.items())
@@ -147,16 +143,6 @@ class Limits:
             prices[name] = max(float(ranked.values[-1]), 0.0) if len(value) > self.most[name] else 0.0
             kept = kept & ((unit < 0) | chosen[unit])
         return kept
-
-    def full(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """By gate and limit, [node limit] bool: whether opening the gate would break the limit, and whether closing it would make room."""
-        needs, frees = [], []
-        for name, unit in self.units.items():
-            counts = _sums(unit, kept.float())
-            here, inside = counts[unit], unit >= 0
-            needs.append(inside & (here == 0) & (int((counts > 0).sum()) >= self.most[name]))
-            frees.append(inside & (here == 1) & kept)
-        return torch.stack(needs, 1), torch.stack(frees, 1)
 
 
 def _units(space: NodeSpace, name: str) -> Tensor:

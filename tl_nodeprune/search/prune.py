@@ -49,7 +49,7 @@ def prune(
     steps: of the training that orders all nodes; None: 265 for 5,000 nodes, 600 for 80,000. step_prompts: prompts per step, drawn at
         random; None: 32, on CUDA 64. The cost of a step does not grow with the number of prompts.
     exact_tests: with max_kl or max_loss, leaf nodes whose removal is tried exactly at the end, the likeliest first. Heads and blocks
-        above them are tested too, unless their price rules them out by far.
+        above them are tested too, unless the first prompts rule them out by far.
     time_limit: seconds, about; the best so far is returned then, and `stopped` says so. checkpoint: a folder in which the state is kept;
         a run that was broken off goes on there, to the same circuit.
     batch_size: prompts per forward; memory, and the result hardly. cache_bytes: stand-ins are kept up to this, recomputed above.

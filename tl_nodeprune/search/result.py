@@ -45,8 +45,9 @@ class PruneResult:
         corrupted ones; NaN without corrupted ones, or for an objective.
     frontier: every size of the same run: nodes, share, search_kl, and on the prompts held out kl, low, high, accuracy; a row per size that
         no smaller one does better than. `at` gives the circuit of another budget.
-    minimal: exact tests found no head, block or node that can be left out at this loss; `tested` were run, `ruled_out` had prices far above
-        the room that was left. False where `exact_tests` or time cut them short, and without max_kl or max_loss.
+    minimal: exact tests found no head, block or node that can be left out at this loss; `tested` were run, `ruled_out` raised the loss of
+        the first prompts by far more than there was room for. False where `exact_tests` or time cut them short, and without max_kl or
+        max_loss.
     ranking: the order of all nodes that the run was cut from; scores: the same with the circuit's nodes first.
     seconds: wall time. peak_memory: bytes, the process's peak on CPU (since its start; 0 on Windows), the allocator's on CUDA (since the
         search began). stopped: what cut the search short, "" where nothing did. loss: what `kl` is, "KL" or the name of the loss given.
