@@ -6,9 +6,9 @@ import math
 from dataclasses import replace
 
 import pandas as pd
-import torch
 from torch import Tensor
 
+from tl_nodeprune.landscape import circuits_of
 from tl_nodeprune.search.exact_tests import MEASURED, ExactTests, expected_forwards
 from tl_nodeprune.search.held_out import ENOUGH_HELD
 from tl_nodeprune.search.run import Run
@@ -43,35 +43,39 @@ def _cut(run: Run, table: pd.DataFrame) -> Tensor:
         return run.top(budget.max_size or run.landscape.n)
     sizes = [0, *map(int, table["nodes"])]
     place = 1 + int((table["kl"] <= budget.max_loss).to_numpy().argmax())  # the full model is within any budget
-    while place < len(sizes) - 1 and not _within(run, [run.top(sizes[place])])[0]:
+    while place < len(sizes) - 1 and not _within(run, run.top(sizes[place])):
         place += 1
     low, high = sizes[place - 1], sizes[place]
     while high - low > max(BISECTED * high, 1) and not run.progress.over():
         middle = max(round(math.sqrt(max(low, 1) * high)), low + 1)
         if middle >= high:
             break
-        low, high = (low, middle) if _within(run, [run.top(middle)])[0] else (middle, high)
+        low, high = (low, middle) if _within(run, run.top(middle)) else (middle, high)
     larger = [run.top(min(round(high * SURE ** (i / 4)), run.landscape.n)) for i in range(5)]
     sure = [kept for kept, held in zip(larger, run.judge(larger), strict=True) if held.meets(budget.max_loss)]
     return (sure or larger)[0]
 
 
-def _within(run: Run, kept: list[Tensor]) -> list[bool]:
-    """Whether circuits are within the budget: on the prompts searched, and on those held out as far as these can tell."""
-    budget = run.budget
-    losses = run.landscape.losses(torch.stack(kept).float(), run.searched_rows(MEASURED))
-    few = FEW if run.held is None or run.n_held < ENOUGH_HELD else 1.0
-    fine = replace(budget, max_loss=budget.max_loss * few).violation(losses) <= 1
-    return [bool(ok) and held.kl <= budget.max_loss for ok, held in zip(fine, run.judge(kept), strict=True)]
+def _within(run: Run, kept: Tensor) -> bool:
+    """Whether a circuit is within the budget: on the prompts searched, and on those held out as far as these can tell."""
+    budget, (held,) = run.budget, run.judge([kept])
+    losses = run.landscape.losses(circuits_of([kept]), run.searched_rows(MEASURED))
+    fine = replace(budget, max_loss=budget.max_loss * _few(run)).violation(losses) <= 1
+    return bool(fine[0]) and held.kl <= budget.max_loss
+
+
+def _few(run: Run) -> float:
+    """Times the budget on the prompts searched: less where those held out are too few to tell."""
+    return FEW if run.n_held < ENOUGH_HELD else 1.0
 
 
 def _better(run: Run, cut: Tensor, start: Tensor) -> Tensor:
     """A circuit to start from, where it is within the budget and smaller, or of the size asked for and more faithful."""
     budget = run.budget
     if budget.smallest:
-        return start if int(start.sum()) < int(cut.sum()) and _within(run, [start])[0] else cut
+        return start if int(start.sum()) < int(cut.sum()) and _within(run, start) else cut
     fits = budget.limits.hold(start.cpu()) if budget.limits else int(start.sum()) <= (budget.max_size or 0)
-    losses = run.landscape.losses(torch.stack([cut, start]).float(), run.searched_rows()).loss.mean(-1)
+    losses = run.landscape.losses(circuits_of([cut, start]), run.searched_rows()).loss.mean(-1)
     return start if fits and losses[1] < losses[0] else cut
 
 
@@ -80,8 +84,7 @@ def _room(run: Run, tests: ExactTests, kept: Tensor) -> float:
     proportion. All of it would go into units that are dearer than what the order cuts next."""
     budget, (held,) = run.budget, run.judge([kept])
     loss = float(tests.measure([kept]).loss.mean())
-    most = budget.max_loss * (FEW if run.n_held < ENOUGH_HELD else 1.0)
-    return loss + ROOM * max(min(most, loss * budget.max_loss / max(held.kl, 1e-9)) - loss, 0)
+    return loss + ROOM * max(min(budget.max_loss * _few(run), loss * budget.max_loss / max(held.kl, 1e-9)) - loss, 0)
 
 
 def _choose(run: Run, chain: list[Tensor]) -> Tensor:
