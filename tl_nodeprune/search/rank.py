@@ -17,7 +17,7 @@ def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence
          step_prompts: int | None = None, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True) -> NodeScores:
     """A score for every leaf node such that the best k of them, for every k, are a circuit of low loss: `1 - (place - 1) / n`.
 
-    It is `prune`'s run without its finish, on all of the prompts. The masks stay as they are.
+    It is `prune`'s run without a cut, all sizes alike, on all of the prompts. The masks stay as they are.
 
     loss: fn(circuit_logits, full_logits, prompts) -> [batch], its mean is lowered at each size; KL(full || circuit) as given. For MIB
         see `mib.distance` (CMD) and `mib.shortfall` (CPR). By KL and `mib.distance` pairs are searched on in both directions where `prune`
