@@ -18,7 +18,6 @@ the board's own granularities instead. "input", and nodes that were not scored, 
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_nodeprune import files
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.scores import NodeScores
@@ -60,12 +60,7 @@ def write(model: Any, scores: NodeScores, path: str | Path, *, level: str = "nod
         if level == "neuron":
             nodes[name] |= {"neurons": fine_on.bool().expand(space.d_model).tolist(), "neuron_scores": fine.expand(space.d_model).tolist()}
     content = {"cfg": _cfg(model, space), "nodes": nodes | {"logits": {"in_graph": True}}, "edges": {}}
-    part = Path(f"{path}.part")
-    try:
-        part.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    files.write(path, json.dumps(content))
 
 
 def read(model: Any, path: str | Path) -> NodeScores:
