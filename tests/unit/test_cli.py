@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.cli import _as_json, main
+from tl_nodeprune.cli import main
+from tl_nodeprune.cli_report import as_json
 
 Toy = tuple[Any, tlnp.PromptPairs]
 ROW = {"clean": "So Mary is a really good friend, isn't", "corrupted": "So John is a really good friend, isn't",
@@ -154,7 +155,7 @@ def test_the_report_is_json_where_a_figure_is_not_a_number(toy: Toy, tmp_path: P
     circuit = tlnp.Circuit.full(tlnp.probe.find_nodes(toy[0]).restrict(("mlp",)))
     result = tlnp.PruneResult(circuit, True, 0.01, 0.01, [], 1.0, 0)
     found = dataclasses.replace(tlnp.evaluate(toy[0], circuit, toy[1]), faithfulness=math.nan)
-    report = json.loads(json.dumps(_as_json({}, result, found), allow_nan=False))
+    report = json.loads(json.dumps(as_json({}, result, found), allow_nan=False))
     assert report["held_out"]["faithfulness"] is report["p_value"] is report["accuracy"] is None and report["kl"] == 0.01
     assert report["interval"] == [None, None] and report["frontier"] == []
 
