@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     prune = commands.add_parser("prune", help="find a circuit in a model of yours")
     budget = prune.add_mutually_exclusive_group()
     budget.add_argument("--max-kl", type=float, help=f"nats at the answer positions, on prompts held out (default: {_MAX_KL})")
-    budget.add_argument("--max-nodes", type=_count, help="instead: leaf nodes at most, a share (0.1) or a count (200)")
+    budget.add_argument("--max-nodes", type=count_or_share, help="instead: leaf nodes at most, a share (0.1) or a count (200)")
     prune.add_argument("--agreement", type=float, help="share of prompts answered as by the full model (default: 0.98 up to 0.05 nats)")
     prune.add_argument("--out", required=True, help="folder for circuit.safetensors and report.json")
     prune.add_argument("--ablation", default="interchange", help="interchange, mean, zero or optimal (default: %(default)s)")
@@ -91,8 +91,8 @@ def _add_model_and_task(parser: argparse.ArgumentParser, *, seed: int, prompts: 
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model from the Hugging Face hub")
 
 
-def _count(text: str) -> float | int:
-    """A count (200) or a share (0.1)."""
+def count_or_share(text: str) -> float | int:
+    """A count (200) or a share (0.1). argparse shows the name of this function where it fails."""
     return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
 
 

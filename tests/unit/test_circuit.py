@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ import safetensors.torch
 import torch
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.files import remove_leftovers
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.probe import find_nodes
 
@@ -226,6 +228,27 @@ def test_what_is_loaded_stays_when_the_file_changes(circuit: tlnp.Circuit, tmp_p
     with open(path, "r+b") as file:  # in place, as `cp` does
         file.write(b"\xff" * path.stat().st_size)
     assert loaded == small and loaded.ablation == small.ablation
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here, to be quick")
+def test_a_save_that_is_killed_leaves_the_circuit_before_or_the_one_after(circuit: tlnp.Circuit, tmp_path: Path) -> None:
+    path, draw, seen = tmp_path / "c.safetensors", random.Random(0), set()
+    other = ~circuit
+    circuit.save(path)
+    for _ in range(40):
+        if not (process := os.fork()):
+            while True:
+                for each in (other, circuit):
+                    each.save(path)
+        time.sleep(draw.uniform(0, 0.02))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        loaded = tlnp.Circuit.load(path)
+        seen.add(loaded == circuit)
+        assert loaded in (circuit, other)
+    assert seen == {True, False}
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("name", ["n_layers", "d_model", "kv_heads"])
