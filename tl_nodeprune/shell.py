@@ -50,6 +50,20 @@ class Output:
             os.close(null)
 
 
+def end_quietly_while_starting(command: str) -> None:
+    """Where this process is that command, let Ctrl-C while Python still imports (seconds) be one line and 130, as it is later."""
+    if os.path.basename(sys.argv[0]) not in ("-m", command):  # "-m": python -m runs something of this package
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            return sys.__excepthook__(kind, error, trace)
+        _failed(command, "stopped by Ctrl-C.", 130)
+        os._exit(130)  # Python itself would end as killed by the signal
+
+    sys.excepthook = hook
+
+
 def run(name: str, command: Callable[[], None]) -> int:
     """Run a command. Returns the exit status: 0; 2 where the input was wrong or something could not be written; 130 after Ctrl-C; 1 for an
     error that it does not know. All but 0 come with one line on stderr. A reader that is gone (`| head`) is no error."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -77,3 +78,11 @@ def test_at_the_end_of_python_nothing_is_said_of_a_broken_pipe() -> None:
     with subprocess.Popen([sys.executable, "-c", script, shell.__file__], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()  # type: ignore[union-attr]
         assert process.stderr.read() == b"" and process.wait() == 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("argv0", "status"), [("/usr/bin/tl-nodeprune", 130), ("-m", 130), ("notebook", -signal.SIGINT)])
+def test_ctrl_c_while_python_imports(argv0: str, status: int) -> None:
+    script = "import runpy, sys; shell = runpy.run_path(sys.argv[1]); sys.argv[0] = sys.argv[2]\n" \
+             "shell['end_quietly_while_starting']('tl-nodeprune'); raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", script, shell.__file__, argv0], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == status and (done.stderr == "tl-nodeprune: stopped by Ctrl-C.\n") is (status == 130)
