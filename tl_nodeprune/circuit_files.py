@@ -13,10 +13,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -27,7 +26,8 @@ from tl_nodeprune.nodes import GRANULARITIES, GateKey, Gates, NodeSpace
 _FORMAT, _OLDER = "tl_nodeprune.circuit/2", "tl_nodeprune.circuit/1"
 _BLANK = "0" * 64
 _MOST_HEADER, _MOST_NODES, _MOST_POSITIONS = 1 << 24, 1 << 26, 1 << 20  # far above any model's: bytes; of all layers; of mean constants
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = _FLOATS | {"U8": torch.uint8}
 
 _Whole = Annotated[int, pydantic.Field(ge=1, le=_MOST_NODES)]
 _Layer = Annotated[int, pydantic.Field(ge=0, lt=10_000)]
@@ -60,7 +60,20 @@ class _Entry(pydantic.BaseModel):
     model_config = _STRICT
     dtype: str
     shape: list[_Whole]
-    data_offsets: list[int]  # safetensors checks them
+    data_offsets: list[int]
+
+    @property
+    def size(self) -> int:
+        return _DTYPES[self.dtype].itemsize * math.prod(self.shape)
+
+
+class _Plan(NamedTuple):
+    """What a header declares."""
+
+    space: NodeSpace
+    ablation: str
+    sha256: str
+    tensors: dict[str, _Entry]
 
 
 _HEADER = pydantic.TypeAdapter(dict[str, dict[str, Any]])
@@ -80,7 +93,7 @@ def pack(space: NodeSpace, live: Gates, ablation: Ablation) -> bytes:
         _check_values(tensors)
     except ValueError as error:
         raise ValueError(f"this circuit cannot be saved: {_in_words(error)}") from error
-    return data.replace(_mark(_BLANK), _mark(_checksum(data, _BLANK)), 1)
+    return data.replace(_mark(_BLANK), _mark(_checksum(header, _BLANK, memoryview(data)[8 + len(header):])), 1)
 
 
 def unpack(path: Path) -> tuple[NodeSpace, Gates, Ablation]:
@@ -96,24 +109,30 @@ def unpack(path: Path) -> tuple[NodeSpace, Gates, Ablation]:
             raise ValueError(f"{path} is damaged or no safetensors file.")
         header = file.read(length)
         try:
-            space, ablation, digest, payload = _plan(header)
-            if size != 8 + length + payload:
-                raise ValueError(f"it has {size} bytes, and should have {8 + length + payload}")
-            file.seek(0)
-            data = file.read(size)
-            if data[8:8 + length] != header or _checksum(data, digest) != digest:
+            plan = _plan(header)
+            right = 8 + length + sum(entry.size for entry in plan.tensors.values())
+            if size != right:
+                raise ValueError(f"it has {size} bytes, and should have {right}")
+            data = bytearray(size - 8 - length)
+            if file.readinto(data) != len(data) or _checksum(header, plan.sha256, data) != plan.sha256:
                 raise ValueError("its checksum does not fit what is in it")
-            tensors = safetensors.torch.load(data)
+            tensors = {name: _tensor(data, entry) for name, entry in plan.tensors.items()}
             _check_values(tensors)
-        except (ValueError, safetensors.SafetensorError) as error:
+        except ValueError as error:
             raise ValueError(f"{path} is damaged or no circuit of this library: {_in_words(error)}") from error
-    gates = {key: tensors[f"gate/{key.granularity}/{key.layer}"] for key in space.shapes}
+    gates = {key: tensors[f"gate/{key.granularity}/{key.layer}"] for key in plan.space.shapes}
     constants = {name.removeprefix("constant/"): value for name, value in tensors.items() if name.startswith("constant/")}
-    return space, gates, Ablation(ablation, constants)
+    return plan.space, gates, Ablation(plan.ablation, constants)
 
 
-def _plan(header: bytes) -> tuple[NodeSpace, str, str, int]:
-    """What a header declares: the nodes, the ablation's name, the checksum, and how many bytes the tensors have. Raises ValueError."""
+def _tensor(data: bytearray, entry: _Entry) -> Tensor:
+    """A tensor of a file, in the file's memory as it was read."""
+    flat = torch.frombuffer(data, dtype=_DTYPES[entry.dtype], offset=entry.data_offsets[0], count=math.prod(entry.shape))
+    return flat.view(entry.shape)
+
+
+def _plan(header: bytes) -> _Plan:
+    """Read a header. Raises ValueError for one that `pack` does not write."""
     entries = _HEADER.validate_json(header)
     fields = entries.pop("__metadata__", {})
     if fields.get("format") != _FORMAT:
@@ -135,7 +154,12 @@ def _plan(header: bytes) -> tuple[NodeSpace, str, str, int]:
             fits = width is not None and entry.dtype in _FLOATS and shape == first + width and first < (_MOST_POSITIONS,)
         if not fits:
             raise ValueError(f"{name} of {entry.dtype} {list(shape)} has no place in it")
-    return space, metadata.ablation, metadata.sha256, sum(_FLOATS.get(one.dtype, 1) * math.prod(one.shape) for one in tensors.values())
+    place = 0
+    for entry in sorted(tensors.values(), key=lambda one: one.data_offsets):
+        if entry.data_offsets != [place, place + entry.size]:
+            raise ValueError(f"a tensor lies at {entry.data_offsets}, expected {[place, place + entry.size]}")
+        place += entry.size
+    return _Plan(space, metadata.ablation, metadata.sha256, tensors)
 
 
 def _space(given: _Space) -> NodeSpace:
@@ -171,15 +195,14 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
         if value.dtype == torch.uint8 and int(value.max()) > 1:
             raise ValueError(f"{name} holds {int(value.max())}; gates are 0 or 1")
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if value.is_floating_point() and not torch.stack(value.aminmax()).isfinite().all():  # takes no memory
             raise ValueError(f"{name} holds NaN or inf")
 
 
-def _checksum(data: bytes, digest: str) -> str:
+def _checksum(header: bytes, digest: str, data: bytes | bytearray | memoryview) -> str:
     """SHA-256 of a file whose checksum is `digest`, with zeros in that place."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    found = hashlib.sha256(data[:start].replace(_mark(digest), _mark(_BLANK), 1))
-    found.update(memoryview(data)[start:])
+    found = hashlib.sha256(len(header).to_bytes(8, "little") + header.replace(_mark(digest), _mark(_BLANK), 1))
+    found.update(data)
     return found.hexdigest()
 
 

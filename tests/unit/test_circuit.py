@@ -221,6 +221,16 @@ def test_an_older_format_is_refused_in_words(circuit: tlnp.Circuit, tmp_path: Pa
         tlnp.Circuit.load(path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_loaded_is_saved_to_the_very_same_file(circuit: tlnp.Circuit, tmp_path: Path, dtype: torch.dtype) -> None:
+    constants = {hook: value.to(dtype) for hook, value in saved_with_constants(circuit, tmp_path / "c").ablation.constants.items()}
+    circuit.under(tlnp.Ablation("mean", constants)).save(tmp_path / "c")
+    loaded = tlnp.Circuit.load(tmp_path / "c")
+    assert loaded == circuit and all(torch.equal(loaded.ablation.constants[hook], value) for hook, value in constants.items())
+    loaded.save(tmp_path / "again")
+    assert tlnp.Circuit.load(tmp_path / "again").ablation == loaded.ablation
+
+
 def test_what_is_loaded_stays_when_the_file_changes(circuit: tlnp.Circuit, tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     small = saved_with_constants(circuit, path)
