@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from tl_nodeprune import shell
+
+shell.end_quietly_while_starting("tl-nodeprune")  # before the imports that take seconds
+
+# ruff: noqa: E402
 from tl_nodeprune import crosscheck, hypotheses, mib, tasks, toy, viz
 from tl_nodeprune.ablation import Ablation
 from tl_nodeprune.circuit import Circuit

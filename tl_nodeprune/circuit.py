@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from tl_nodeprune import circuit_files, files
 from tl_nodeprune.ablation import Ablation, as_ablation
 from tl_nodeprune.hooks import Attachment, HookFn, answer_logits, find_attachment, mask_hooks, remove_dead, temporary_hooks
 from tl_nodeprune.nodes import GateKey, Gates, NodeSpace, combine, count_parameters, settle
 from tl_nodeprune.probe import check_ready, find_nodes
 from tl_nodeprune.prompts import PromptPairs
-
-_FORMAT = "tl_nodeprune.circuit/1"
 
 
 class Circuit(Mapping[str, Tensor]):
@@ -223,49 +217,21 @@ class Circuit(Mapping[str, Tensor]):
         prompts.check_fits(model)
 
     def save(self, path: str | Path) -> None:
-        """Write as safetensors: the gates as uint8, the ablation's constants, the nodes' description. All of it or nothing.
+        """Write as safetensors: the gates, the ablation's constants, the nodes' description, and a checksum over all of it. All or nothing.
 
-        Raises: OSError where the file cannot be written, FileNotFoundError where its folder does not exist.
+        Raises: OSError where the file cannot be written, FileNotFoundError where its folder does not exist, FileExistsError at a symbolic
+        link, a device or a pipe; ValueError for an empty name, or constants that are not finite or do not fit the nodes.
         """
-        tensors = {f"gate/{key.granularity}/{key.layer}": live.to(torch.uint8) for key, live in self._live.items()}
-        tensors |= {f"constant/{hook}": value.contiguous() for hook, value in self.ablation.constants.items()}
-        description = asdict(self.space) | {name: _to_json(getattr(self.space, name)) for name in ("shapes", "present")}
-        header = {"format": _FORMAT, "ablation": self.ablation.name, "space": json.dumps(description)}
-        part = Path(f"{path}.part")
-        if not part.parent.is_dir():
-            raise FileNotFoundError(f"the folder {str(part.parent)!r} does not exist; make it first.")
-        try:
-            safetensors.torch.save_file(tensors, part, header)
-            os.replace(part, path)
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
-        finally:
-            part.unlink(missing_ok=True)
+        target = files.check_target(path)
+        files.write(target, circuit_files.pack(self.space, self._live, self.ablation))
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
-        """Read what `save` wrote. Raises FileNotFoundError; ValueError for a damaged file or one that is not a circuit."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {str(path)!r}.")
-        try:
-            with safetensors.safe_open(str(path), framework="pt") as file:
-                header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-        if header.get("format") != _FORMAT:
-            raise ValueError(f"{path} is no circuit of this library: its format is {header.get('format')!r}, expected {_FORMAT!r}.")
-        try:
-            return cls._from_tensors(header, tensors)
-        except (KeyError, TypeError, ValueError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        """Read what `save` wrote, into memory of its own.
 
-    @classmethod
-    def _from_tensors(cls, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Circuit:
-        fields = json.loads(header["space"])
-        space = NodeSpace(**fields | {name: _from_json(fields[name]) for name in ("shapes", "present")})
-        gates = {key: tensors[f"gate/{key.granularity}/{key.layer}"] for key in space.shapes}
-        constants = {name.removeprefix("constant/"): value for name, value in tensors.items() if name.startswith("constant/")}
-        return cls(space, gates, Ablation(header["ablation"], constants))
+        Raises: FileNotFoundError; OSError where it cannot be read; ValueError for a file that is damaged in any bit or is not a circuit.
+        """
+        return cls(*circuit_files.unpack(files.as_path(path)))
 
 
 def check_circuit(given: object, name: str = "circuit") -> None:
@@ -288,11 +254,3 @@ def full_logits(model: Any, prompts: PromptPairs) -> Tensor:
     assert prompts.answer_positions is not None
     with torch.no_grad():
         return answer_logits(model, prompts.clean, prompts.answer_positions, sliced=False)
-
-
-def _to_json(shapes: Mapping[GateKey, tuple[int, ...]]) -> list[list[Any]]:
-    return [[key.granularity, key.layer, list(shape)] for key, shape in shapes.items()]
-
-
-def _from_json(rows: list[list[Any]]) -> dict[GateKey, tuple[int, ...]]:
-    return {GateKey(granularity, int(layer)): tuple(shape) for granularity, layer, shape in rows}

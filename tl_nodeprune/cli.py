@@ -5,45 +5,48 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
-import tempfile
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
-from tl_nodeprune import tasks, toy
+from tl_nodeprune import files, shell, tasks, toy
 from tl_nodeprune.ablation import as_ablation
 from tl_nodeprune.checks import check_agreement, check_counts
 from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.cli_report import VERDICTS, as_json, show
 from tl_nodeprune.crosscheck import COARSE, activation_patching
-from tl_nodeprune.evaluation import Evaluation, evaluate
+from tl_nodeprune.evaluation import evaluate
 from tl_nodeprune.masks import add_node_masks
 from tl_nodeprune.nodes import GRANULARITIES, check_granularities
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.search import PruneResult
+from tl_nodeprune.search.checkpoint import NAME as CHECKPOINT
 from tl_nodeprune.viz import overview, save_html
-from tl_nodeprune.viz.values import held_out
 
+_CIRCUIT, _REPORT = "circuit.safetensors", "report.json"
 _PATCHED = 32  # prompts that effects of single nodes are measured on
 _MAX_KL = 0.05  # nats, where no budget is given
-_SHOWN = 8  # sizes of the frontier
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_VERDICTS = ("no circuit", "the budget is untested")  # how the search's warnings begin that say why it does not converge
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 0, or 2 where the input was wrong (one line on stderr says how)."""
+    """Run the command. Returns the exit status, see `shell.run`; raises SystemExit(2) for an unknown option, as argparse does."""
+    return shell.run("tl-nodeprune", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> None:
     args = _parser().parse_args(argv)
-    try:
-        args.command(args)
-    except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
-        print("tl-nodeprune:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    for name in ("model", "task", "circuit", "html", "out", "checkpoint"):
+        if getattr(args, name, None) == "":
+            raise ValueError(f"{'' if name == 'circuit' else '--'}{name} is ''; give a name.")
+    for name in ("circuit", "html", "out", "checkpoint"):
+        if getattr(args, name, None) is not None:
+            setattr(args, name, Path(getattr(args, name)))
+    args.command(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,28 +54,28 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     demo = commands.add_parser("demo", help="find a circuit in the small model that comes with the package")
     demo.add_argument("--task", default="ioi", choices=tuple(tasks.ROWS))
-    demo.add_argument("--html", type=Path, default=Path("out") / "demo.html", help="the page to write (default: %(default)s)")
+    demo.add_argument("--html", default=str(Path("out") / "demo.html"), help="the page to write (default: %(default)s)")
     demo.set_defaults(command=_demo)
     show = commands.add_parser("show", help="write a page about a saved circuit: summary, figures, kept nodes")
-    show.add_argument("circuit", type=Path, help="a circuit.safetensors that `prune` or Circuit.save wrote")
-    show.add_argument("--html", type=Path, required=True, help="the page to write; it needs no network")
+    show.add_argument("circuit", help="a circuit.safetensors that `prune` or Circuit.save wrote")
+    show.add_argument("--html", required=True, help="the page to write; it needs no network")
     show.add_argument("--no-effects", action="store_true", help="leave out the effects of single heads and blocks, one run each")
     _add_model_and_task(show, seed=1, prompts=64, seed_of="the named tasks' prompts")
     show.set_defaults(command=_show_page)
     prune = commands.add_parser("prune", help="find a circuit in a model of yours")
     budget = prune.add_mutually_exclusive_group()
     budget.add_argument("--max-kl", type=float, help=f"nats at the answer positions, on prompts held out (default: {_MAX_KL})")
-    budget.add_argument("--max-nodes", type=_count, help="instead: leaf nodes at most, a share (0.1) or a count (200)")
+    budget.add_argument("--max-nodes", type=count_or_share, help="instead: leaf nodes at most, a share (0.1) or a count (200)")
     prune.add_argument("--agreement", type=float, help="share of prompts answered as by the full model (default: 0.98 up to 0.05 nats)")
-    prune.add_argument("--out", type=Path, required=True, help="folder for circuit.safetensors and report.json")
+    prune.add_argument("--out", required=True, help="folder for circuit.safetensors and report.json")
     prune.add_argument("--ablation", default="interchange", help="interchange, mean, zero or optimal (default: %(default)s)")
     prune.add_argument("--granularities", nargs="+", metavar="G", help=f"some of {', '.join(GRANULARITIES)} (default: all)")
     prune.add_argument("--layers", nargs="+", type=int, metavar="L", help="which to search in (default: all)")
     prune.add_argument("--steps", type=int, help="of the search (default: more for more nodes)")
     prune.add_argument("--batch-size", type=int, default=64, help="prompts per forward (default: %(default)s)")
     prune.add_argument("--time-limit", type=float, metavar="SECONDS", help="for the search; the best so far is kept then")
-    prune.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="keep the state here; a search that was broken off goes on")
-    prune.add_argument("--html", type=Path, help="also write a page about the circuit, on the prompts held out")
+    prune.add_argument("--checkpoint", metavar="FOLDER", help="keep the state here; a search that was broken off goes on")
+    prune.add_argument("--html", help="also write a page about the circuit, on the prompts held out")
     _add_model_and_task(prune, seed=0, prompts=200, seed_of="the named tasks' prompts, the split and the search")
     prune.set_defaults(command=_prune)
     return parser
@@ -88,31 +91,38 @@ def _add_model_and_task(parser: argparse.ArgumentParser, *, seed: int, prompts: 
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model from the Hugging Face hub")
 
 
-def _count(text: str) -> float | int:
-    """A count (200) or a share (0.1)."""
+def count_or_share(text: str) -> float | int:
+    """A count (200) or a share (0.1). argparse shows the name of this function where it fails."""
     return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
 
 
 def _demo(args: argparse.Namespace) -> None:
     _check_page(args.html)
+    _make_folder("--html", args.html.parent)
     model, prompts = toy.load(args.task)
     print(f"The embedded model: {model.cfg.n_layers} layers, {model.cfg.n_heads} heads, d_model {model.cfg.d_model}. Task: {args.task}.")
     print(f"  clean:     {model.tokenizer.decode(prompts.clean[0][prompts.attention_mask[0]])}")  # type: ignore[index]
     print(f"  corrupted: {model.tokenizer.decode(prompts.corrupted[0][prompts.attention_mask[0]])}")  # type: ignore[index]
     train, test = prompts.split(0.75, seed=0)
     result, why = _find(model, train, test, max_kl=_MAX_KL)
-    _show(result, evaluate(model, result.circuit, test), why, f"within {_MAX_KL} nats there")
+    report = evaluate(model, result.circuit, test)
     _write_page(args.html, model, result, test, args.task)
+    show(result, report, why, f"within {_MAX_KL} nats there")
+    _say_page(args.html)
 
 
 def _show_page(args: argparse.Namespace) -> None:
     _check_page(args.html)
     _check_task(args.task)
+    files.check_apart({"--html": args.html}, _inputs(args) | {"the circuit": args.circuit})
     circuit = Circuit.load(args.circuit)
     model = load_model(args.model, args.device, args.dtype, trust_remote_code=args.trust_remote_code)
     circuit.check_fits(model)
-    _write_page(args.html, model, circuit, _prompts(args, model), Path(args.task).stem, effects=not args.no_effects,
+    prompts = _prompts(args, model)
+    _make_folder("--html", args.html.parent)
+    _write_page(args.html, model, circuit, prompts, Path(args.task).stem, effects=not args.no_effects,
                 note="Prompts that the circuit was searched on flatter it. The page that `tl-nodeprune prune --html` writes is on others.")
+    _say_page(args.html)
 
 
 def _check_page(path: Path) -> None:
@@ -121,6 +131,15 @@ def _check_page(path: Path) -> None:
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
         raise ValueError(f"--html {str(path)!r} cannot be written: {str(above)!r} is a file.")
+    if path.parent.is_dir():
+        files.check_target(path)
+
+
+def _inputs(args: argparse.Namespace) -> dict[str, Path]:
+    """The files that are read, by what they are called. A page, circuit or report in the model's folder is none of the model's."""
+    own = [path for path in Path(args.model).glob("*") if path.name not in (_CIRCUIT, _REPORT) and path.suffix != ".html"]
+    task = {} if args.task in tasks.ROWS else {"--task": Path(args.task)}
+    return task | {f"the model's {path.name}": path for path in own}
 
 
 def _write_page(path: Path, model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, task: str, *, effects: bool = True,
@@ -129,8 +148,10 @@ def _write_page(path: Path, model: Any, circuit: Circuit | PruneResult, prompts:
     some = prompts[:_PATCHED]
     found = activation_patching(model, some) if effects and some.has_corrupted and any(name in gated for name in COARSE) else None
     summary, *figures = overview(model, circuit, prompts, task=task, effects=found)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_html(path, summary, *[note] * bool(note), *figures, title=f"Circuit: {task}")
+
+
+def _say_page(path: Path) -> None:
     print(f"A page to look at, figures and kept nodes: {path.absolute()}")
 
 
@@ -139,20 +160,25 @@ def _prune(args: argparse.Namespace) -> None:
     _check_asked(args, max_kl)
     model = load_model(args.model, args.device, args.dtype, trust_remote_code=args.trust_remote_code)
     train, test = _prompts(args, model).split(0.75, seed=args.seed)
-    _make_folder(args.out)
+    _make_outputs(args)
     asked = {"max_kl": max_kl, "max_nodes": args.max_nodes, "agreement": args.agreement, "steps": args.steps, "seed": args.seed,
              "time_limit": args.time_limit}
     result, why = _find(model, train, test, granularities=args.granularities, layers=args.layers, ablation=args.ablation,
                         batch_size=args.batch_size, checkpoint=args.checkpoint, **asked)
-    result.circuit.save(args.out / "circuit.safetensors")  # before anything else that could fail
+    result.circuit.save(args.out / _CIRCUIT)  # before anything else that could fail
+    (args.out / _REPORT).unlink(missing_ok=True)  # an earlier circuit's
     report = evaluate(model, result.circuit, test, batch_size=args.batch_size)
     settings = asked | {"model": args.model, "task": args.task, "dtype": args.dtype, "prompts": len(train), "held_out": len(test)}
-    (args.out / "report.json").write_text(json.dumps(_as_json(settings, result, report), indent=2, allow_nan=False) + "\n")
+    files.write(args.out / _REPORT, json.dumps(as_json(settings, result, report), indent=2, allow_nan=False) + "\n")
     met = f"within {max_kl} nats there" if max_kl is not None else f"of at most {args.max_nodes} nodes; no KL was asked for"
-    _show(result, report, why, met)
-    print(f"Written: {args.out / 'circuit.safetensors'}, {args.out / 'report.json'}")
+    try:
+        if args.html:
+            _write_page(args.html, model, result, test, Path(args.task).stem)
+    finally:
+        show(result, report, why, met)
+        print(f"Written: {args.out / _CIRCUIT}, {args.out / _REPORT}")
     if args.html:
-        _write_page(args.html, model, result, test, Path(args.task).stem)
+        _say_page(args.html)
 
 
 def _check_asked(args: argparse.Namespace, max_kl: float | None) -> None:
@@ -172,16 +198,31 @@ def _check_asked(args: argparse.Namespace, max_kl: float | None) -> None:
         _check_page(args.html)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file; give a folder, which need not exist yet.")
+    files.check_apart(_outputs(args) | {"--out": args.out}, _inputs(args))
 
 
-def _make_folder(path: Path) -> None:
-    """Make the folder, and see that files can be written there: an error comes now, not after the search."""
+def _outputs(args: argparse.Namespace) -> dict[str, Path]:
+    """The files that `prune` writes, by what they are called."""
+    outputs = {"the circuit": args.out / _CIRCUIT, "the report": args.out / _REPORT}
+    if args.html:
+        outputs = {"--html": args.html} | outputs
+    return outputs | ({"the checkpoint": args.checkpoint / CHECKPOINT} if args.checkpoint else {})
+
+
+def _make_outputs(args: argparse.Namespace) -> None:
+    """Make the folders, and see that all files can be written: an error comes now, not after the search."""
+    for name in ("checkpoint", "html", "out"):
+        if path := getattr(args, name):
+            _make_folder(f"--{name}", path.parent if name == "html" else path)
+    for path in _outputs(args).values():
+        files.check_target(path)
+
+
+def _make_folder(name: str, path: Path) -> None:
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        files.make_folder(path)
     except OSError as error:
-        raise ValueError(f"--out {str(path)!r} cannot be written: {error}") from error
+        raise ValueError(f"{name} {str(path)!r} cannot be written: {error}") from error
 
 
 def _check_task(task: str) -> None:
@@ -198,7 +239,8 @@ def _prompts(args: argparse.Namespace, model: Any) -> PromptPairs:
 
 
 def load_model(name: str, device: str, dtype: str = "float32", *, trust_remote_code: bool = False) -> Any:
-    """A model by its Hugging Face name or folder, or the embedded one for "toy". Raises ValueError where the device cannot be used."""
+    """A model by its Hugging Face name or folder, or the embedded one for "toy". Raises ValueError for a device that cannot be used, and a
+    model that cannot be loaded."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
@@ -207,7 +249,20 @@ def load_model(name: str, device: str, dtype: str = "float32", *, trust_remote_c
         return toy.load(n=1)[0].to(device).to(_DTYPES[dtype])
     from transformer_lens.model_bridge import TransformerBridge
 
-    return TransformerBridge.boot_transformers(name, device=device, dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code).eval()
+    transformers.logging.set_verbosity_warning()  # weights that the files lack are new ones at random: it reports them
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            model = TransformerBridge.boot_transformers(name, device=device, dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever is wrong with the files of others, or with the code that comes with them
+        raise ValueError(f"--model {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    _pass_on(caught)
+    return model.eval()
+
+
+def _pass_on(caught: Iterable[warnings.WarningMessage]) -> None:
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _find(model: Any, train: PromptPairs, test: PromptPairs, *, granularities: Sequence[str] | None = None,
@@ -220,49 +275,6 @@ def _find(model: Any, train: PromptPairs, test: PromptPairs, *, granularities: S
             result = masks.prune(train, held_out=test, **search)
     finally:
         masks.remove()
-    why = [str(warning.message) for warning in caught if str(warning.message).startswith(_VERDICTS)]
-    for warning in caught:
-        if str(warning.message) not in why:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    why = [str(warning.message) for warning in caught if str(warning.message).startswith(VERDICTS)]
+    _pass_on(warning for warning in caught if str(warning.message) not in why)
     return result, " ".join(why)
-
-
-def _show(result: PruneResult, report: Evaluation, why: str, met: str) -> None:
-    """Print the number held out, what it means, and the sizes. why: of a result that has not converged; met: what one that has is."""
-    verdict = {True: "Converged", False: "NOT converged", None: "Untested"}[result.converged]
-    reason = met if result.converged else why.removeprefix(f"{_VERDICTS[1]}: ") or "the budget is not known to hold on prompts held out."
-    print(f"\n{held_out(result)}\n{verdict}: {reason}")
-    if result.stopped:
-        print(f"Stopped by the {result.stopped}: this is the best so far.")
-    circuit = result.circuit
-    print(f"{circuit.size:,} of {circuit.size_total:,} leaf nodes ({1 - circuit.sparsity:.1%}), {circuit.parameters:,} of "
-          f"{circuit.parameters_total:,} weights, {result.seconds:.0f} s.")
-    print(f"\nSize against KL, from the same run:\n{_frontier(result)}")
-    print(f"\nLive nodes by layer:\n{circuit.summary().to_string()}\n\nOn held-out prompts:\n{report}\n")
-
-
-def _frontier(result: PruneResult) -> str:
-    """Some of the frontier's sizes, evenly among its rows."""
-    table = result.frontier
-    rows = sorted({round(i * (len(table) - 1) / (_SHOWN - 1)) for i in range(_SHOWN)} if len(table) else ())
-    looks = {"nodes": "{:,}", "share": "{:.2%}", "kl": "{:.4f}", "search_kl": "{:.4f}", "accuracy": "{:.0%}"}
-    names = ["nodes", "share", "KL held out", "KL searched", "right"]
-    return str(table.iloc[rows][list(looks)].to_string(index=False, header=names, formatters=[look.format for look in looks.values()]))
-
-
-def _as_json(settings: dict[str, Any], result: PruneResult, report: Evaluation) -> dict[str, Any]:
-    circuit = result.circuit
-    return {
-        "settings": settings | {"ablation": circuit.ablation.name, "granularities": list(circuit.space.granularities)},
-        "kl": _or_null(result.kl), "interval": [_or_null(end) for end in result.interval], "accuracy": _or_null(result.accuracy),
-        "search_kl": _or_null(result.search_kl), "converged": result.converged, "p_value": _or_null(result.p_value),
-        "minimal": result.minimal, "tested": result.tested, "ruled_out": result.ruled_out, "stopped": result.stopped,
-        "seconds": result.seconds, "peak_memory_bytes": result.peak_memory,
-        "live": circuit.count(), "nodes": circuit.space.totals(), "weights": [circuit.parameters, circuit.parameters_total],
-        "frontier": json.loads(result.frontier.to_json(orient="records", double_precision=15)),
-        "held_out": asdict(report) | {"faithfulness": _or_null(report.faithfulness)},
-    }
-
-
-def _or_null(value: float) -> float | None:
-    return None if math.isnan(value) else value

@@ -15,7 +15,7 @@ from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.effects import Effects
 from tl_nodeprune.losses import distance, shortfall
 from tl_nodeprune.masks import masks_off
-from tl_nodeprune.mib_format import read, write
+from tl_nodeprune.mib_format import board_count, read, write
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.probe import check_ready, find_nodes
 from tl_nodeprune.prompts import PromptPairs, check_pairs
@@ -30,7 +30,8 @@ class FaithfulnessCurve:
     """How much of the task the best nodes do, size by size: `f(k) = (m(C_k) - m(0)) / (m(full) - m(0))`.
 
     m: the mean logit difference over prompts, logits; C_k: the share k of the nodes with the highest scores, all others ablated; 0: all
-    nodes ablated. f may be below 0 and above 1. sizes: k; nodes: how many; f: f(k).
+    nodes ablated. f may be below 0 and above 1. sizes: k; nodes: how many of those that have scores, rounded down as the board does (0 for
+    a small share, where f is 0); f: f(k).
     full, ablated: m(full), m(0). ablation, n_prompts: what it holds for.
     """
 
@@ -90,14 +91,15 @@ def evaluate(model: Any, scores: NodeScores | Effects | Mapping[str, Tensor], pr
         prompts.check_fits(model)
         used = (found.ablation if ablation is None else as_ablation(ablation)).fit(model, prompts, found.space.hooks, batch_size=batch_size)
         runs = Runs(model, prompts, found.space, used, batch_size=batch_size, progress=progress)
-        circuits = [Circuit.empty(found.space), *(found.top(float(size)) for size in sizes)]
+        counts = tuple(board_count(found, float(size)) for size in sizes)
+        circuits = [Circuit.empty(found.space), *map(found.top, counts)]
         means = runs(circuits, total=len(circuits), desc="sizes").score.mean(1).tolist()
     full, ablated = float(runs.full.score.mean()), means[0]
     if abs(full - ablated) <= runs.resolution:
         raise ValueError(f"the metric is constant: the logit difference is {full:.4g} for the full model and {ablated:.4g} with every node "
                          f"ablated ({used.name}), so there is no share of it to measure. Are these the right corrupted prompts?")
     f = tuple((mean - ablated) / (full - ablated) for mean in means[1:])
-    return FaithfulnessCurve(tuple(sizes), tuple(found.count(float(size)) for size in sizes), f, full, ablated, used.name, len(prompts))
+    return FaithfulnessCurve(tuple(sizes), counts, f, full, ablated, used.name, len(prompts))
 
 
 def as_scores(model: Any, scores: NodeScores | Effects | Mapping[str, Tensor]) -> NodeScores:

@@ -87,7 +87,8 @@ class NodeSpace:
         return tuple(n for layer in self.layers for o in order if (n := f"blocks.{layer}.{o}") in names)
 
     def check_fits(self, model: NodeSpace, what: str) -> None:
-        """Raises ValueError where a model, given as its nodes, lacks one of these or has it in another shape. `what`: the message's start.
+        """Raises ValueError where a model, given as its nodes, lacks one of these or has it in another shape, or another number of
+        layers, residual dims or key heads. `what`: the message's start.
 
         Warns where only the name is another: models of one shape, such as two checkpoints, take each other's circuits and scores.
         """
@@ -95,6 +96,9 @@ class NodeSpace:
             if model.present.get(key) != shape:
                 raise ValueError(f"{what} another model ({self.model_name or 'unnamed'}): it needs {key.hook} with {key.granularity} nodes "
                                  f"{list(shape)}, this model has {list(model.present[key]) if key in model.present else 'none there'}.")
+        for name in ("n_layers", "d_model", "kv_heads"):
+            if (mine := getattr(self, name)) != (its := getattr(model, name)):
+                raise ValueError(f"{what} another model ({self.model_name or 'unnamed'}): {name} is {mine} there and {its} in this one.")
         if other := self.other_name(model.model_name):
             warnings.warn(f"{what} {other}. The nodes have the same shapes, so the call goes on.", stacklevel=4)
 

@@ -93,7 +93,7 @@ class PromptPairs:
         """
         columns: dict[str, list[Any]] = {"clean": [], "corrupted": [], "answer": [], "wrong": []}
         try:
-            lines = Path(path).read_text(encoding="utf-8").split("\n")
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is no UTF-8 text: {error}") from error
         for number, line in enumerate(lines, start=1):
@@ -103,7 +103,7 @@ class PromptPairs:
                 row = json.loads(line)
                 for name, column in columns.items():
                     column.append(_text(row[name], name, several=name in ("answer", "wrong")))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: expected a JSON object with the keys {', '.join(columns)}; "
                                  f"{type(error).__name__}: {error}") from error
         if not columns["clean"]:
@@ -241,10 +241,14 @@ def _tokens(model: Any, text: str) -> Tensor:
 
 
 def _text(value: Any, name: str, *, several: bool) -> Any:
-    """A string, or where several may be right a list of strings. Raises TypeError."""
+    """A string, or where several may be right a list of strings. Raises TypeError; ValueError for half of a surrogate pair, which is no
+    character."""
     texts = value if isinstance(value, (list, tuple)) and several else [value]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{name} must be a string{' or a list of strings' if several else ''}, got {value!r}")
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{name} holds half of a surrogate pair, {text!r}; write the whole character, or its escapes together.")
     return value
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
@@ -105,7 +107,8 @@ class Report:
         """The whole report: settings, verdicts, tables."""
         verdicts = pd.DataFrame({"for it": [MARKS[one.passed] for one in self.verdicts], "found": [one.sentence for one in self.verdicts]},
                                 index=pd.Index([one.name for one in self.verdicts], name="verdict"))
-        parts = ["# Evidence for a circuit", f"Holds for {self.settings}", _table(verdicts), *(f"- {note}" for note in self.notes),
+        parts = ["# Evidence for a circuit", f"Holds for {replace(self.settings, model=_escaped(self.settings.model))}", _table(verdicts),
+                 *(f"- {_escaped(note)}" for note in self.notes),
                  "## Measures", _table(self.to_frame().drop(columns="passed")), "## On the prompts judged on",
                  _table(self.evaluation.to_frame())]
         if self.searched is not None:
@@ -120,6 +123,11 @@ class Report:
         return "\n".join([f"Holds for {self.settings}", *map(str, self.verdicts), *(f"Note: {note}" for note in self.notes)])
 
     __repr__ = __str__
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, on one line: a model's name may hold anything."""
+    return re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _table(frame: pd.DataFrame) -> str:

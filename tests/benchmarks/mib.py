@@ -83,8 +83,8 @@ def measure(task: str, level: str, seed: int, options: argparse.Namespace, add: 
 
 
 def counts(n: int) -> list[int]:
-    """How many of `n` nodes each size below 1 is."""
-    return [max(round(size * n), 1) for size in tlnp.mib.SIZES[:-1]]
+    """How many of `n` nodes each size below 1 is, as the board counts."""
+    return [int(size * n) for size in tlnp.mib.SIZES[:-1]]
 
 
 def circuits_of(n: int) -> int:
@@ -98,7 +98,7 @@ def bounds(model: Any, space: NodeSpace, prompts: tlnp.PromptPairs) -> dict[str,
         runs = Runs(model, prompts, space, tlnp.Ablation(), batch_size=256)
 
         def f_of(count: int) -> Tensor:
-            kept = (torch.zeros(n).index_fill_(0, torch.tensor(nodes), 1.0) for nodes in combinations(range(n), count))
+            kept = (torch.zeros(n).index_fill_(0, torch.tensor(nodes, dtype=torch.long), 1.0) for nodes in combinations(range(n), count))
             return (runs(tlnp.NodeScores.from_flat(one, space).top(count) for one in kept).score.mean(1) - ablated) / (full - ablated)
 
         full, ablated = float(runs.full.score.mean()), float(runs([tlnp.Circuit.empty(space)]).score.mean())

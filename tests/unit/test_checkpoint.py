@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,4 +136,18 @@ def test_a_file_that_lacks_a_part_is_damaged(toy: Toy, tmp_path: Path) -> None:
         header, tensors = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys() if name != "scores"}
     save_file(tensors, str(path), header)
     with pytest.raises(ValueError, match="is damaged: it lacks 'scores'"):
+        pruned(toy, checkpoint=tmp_path)
+
+
+def test_what_a_killed_run_left_is_removed_and_a_users_files_stay(toy: Toy, tmp_path: Path) -> None:
+    left = tmp_path / f".tl_nodeprune-{socket.gethostname()}-999999999-ab.part"  # no process has that number
+    for path in (left, tmp_path / "search.safetensors.part", tmp_path / "notes.part"):
+        path.write_text("half")
+    pruned(toy, breaks_at=8, checkpoint=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.part", "search.safetensors", "search.safetensors.part"]
+
+
+def test_a_link_in_the_place_of_the_state_is_refused(toy: Toy, tmp_path: Path) -> None:
+    (tmp_path / checkpoints.NAME).symlink_to("elsewhere")
+    with pytest.raises(FileExistsError, match="symbolic link"):
         pruned(toy, checkpoint=tmp_path)

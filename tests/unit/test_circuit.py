@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import random
+import signal
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +18,7 @@ import safetensors.torch
 import torch
 
 import tl_nodeprune as tlnp
+from tl_nodeprune import files
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.probe import find_nodes
 
@@ -95,6 +103,177 @@ def test_files_damaged_inside(circuit: tlnp.Circuit, tmp_path: Path, damage: str
     safetensors.torch.save_file(tensors, path, header)
     with pytest.raises(ValueError, match=r"c\.safetensors is damaged"):
         tlnp.Circuit.load(path)
+
+
+def saved_with_constants(circuit: tlnp.Circuit, path: Path) -> tlnp.Circuit:
+    """A circuit under mean ablation of three positions, in few layers and granularities so that the file is small."""
+    space, generator = circuit.space.restrict(("attn", "head", "layer"), [0, 1]), torch.Generator().manual_seed(1)
+    constants = {hook: torch.randn(3, *((4, 24) if hook.endswith("hook_z") else (96,)), generator=generator) for hook in space.hooks}
+    small = tlnp.Circuit(space, {key: circuit.live(*key) for key in space.shapes}, tlnp.Ablation("mean", constants))
+    small.save(path)
+    return small
+
+
+@pytest.mark.parametrize("tries", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_file_with_other_bits_is_damaged(circuit: tlnp.Circuit, tmp_path: Path, tries: int) -> None:
+    """One bit, several, and bytes put in or taken out: half of them in the header, where most of the meaning is."""
+    path, draw = tmp_path / "c.safetensors", random.Random(0)
+    small = saved_with_constants(circuit, path)
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for _ in range(tries):
+        changed, end = bytearray(data), draw.choice((start, len(data)))
+        for _ in range(draw.choice((1, 1, 2, 9))):
+            changed[draw.randrange(end)] ^= 1 << draw.randrange(8)
+        if draw.random() < 0.1:
+            at = draw.randrange(end)
+            changed[at:at + 1] = draw.choice((b"", b" ", b"00"))
+        if bytes(changed) == data:
+            continue
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"c\.safetensors is damaged"):
+            tlnp.Circuit.load(path)
+    path.write_bytes(data)
+    assert tlnp.Circuit.load(path) == small and tlnp.Circuit.load(path).ablation == small.ablation
+
+
+def crafted(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a file whose checksum is right, whatever is in it."""
+    data = safetensors.torch.save(tensors, metadata | {"sha256": "0" * 64})
+    path.write_bytes(data.replace(b'"sha256":"' + b"0" * 64, b'"sha256":"' + hashlib.sha256(data).hexdigest().encode(), 1))
+
+
+HUGE = [["attn_neuron", 0, [4, 10**9]], ["head", 0, [4]]]
+CRAFTED: dict[str, tuple[Any, str]] = {
+    "huge nodes": ({"present": HUGE}, "less than or equal"),
+    "many nodes": (lambda space: {"n_layers": 9, "present": space["present"] + [["mlp_neuron", n, [1 << 25]] for n in (6, 7)]}, "than 67"),
+    "layers": ({"n_layers": 10**15}, "n_layers"), "no layers": ({"n_layers": 1}, "fit no model of 1 layers"),
+    "fraction": ({"n_layers": 2.5}, "n_layers"), "half a layer": ({"shapes": [["head", 1.7, [4]]]}, "integer"),
+    "truth": ({"d_model": True}, "d_model"), "text": ({"d_model": "96"}, "d_model"), "nothing": ({"kv_heads": None}, "kv_heads"),
+    "inf": ({"d_model": float("inf")}, "d_model"), "nan": ({"kv_heads": float("nan")}, "kv_heads"), "zero": ({"kv_heads": 0}, "kv_heads"),
+    "key heads": ({"kv_heads": 3}, "3 key heads"), "name": ({"model_name": 3}, "model_name"), "more": ({"other": 1}, "other"),
+    "granularity": ({"shapes": [["neuron", 0, [4]]]}, "shapes"), "twice": ({"shapes": [["head", 0, [4]], ["head", 0, [4]]]}, "twice"),
+    "negative": ({"shapes": [["head", -1, [4]]]}, "shapes"), "no gates": ({"shapes": []}, "or none"),
+    "deep": ({"shapes": "DEEP"}, "recursion"),
+    "d_model": ({"d_model": 95}, "fit no model"), "scalar": ({"present": [["head", 0, []]]}, "or none|fit no model"),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_crafted_description(circuit: tlnp.Circuit, tmp_path: Path, name: str) -> None:
+    path, started = tmp_path / "c.safetensors", time.monotonic()
+    circuit.save(path)
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    crafted(path, tensors, metadata)
+    assert tlnp.Circuit.load(path) == circuit, "what the test does to a file is no damage by itself"
+    change, text = CRAFTED[name]
+    space = json.loads(metadata["space"])
+    space = json.dumps(space | (change(space) if callable(change) else change)).replace('"DEEP"', "[" * 10**5 + "]" * 10**5)
+    crafted(path, tensors, metadata | {"space": space})
+    with pytest.raises(ValueError, match=rf"c\.safetensors is damaged(.|\n)*({text})"):
+        tlnp.Circuit.load(path)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(("change", "text"), [
+    ({"gate/head/0": torch.full((4,), 255, dtype=torch.uint8)}, "gate/head/0 holds 255; gates are 0 or 1"),
+    ({"gate/head/0": torch.ones(4)}, r"gate/head/0 of F32 \[4\] has no place"),
+    ({"gate/head/0": torch.ones(4, dtype=torch.bool)}, r"of BOOL \[4\] has no place"),
+    ({"gate/head/0": torch.ones(4, 1, dtype=torch.uint8)}, r"gate/head/0 of U8 \[4, 1\] has no place"),
+    ({"gate/head/7": torch.ones(4, dtype=torch.uint8)}, "gate/head/7 .* has no place"),
+    ({"constant/blocks.0.attn.hook_z": torch.full((3, 4, 24), torch.nan)}, "hook_z holds NaN or inf"),
+    ({"constant/blocks.0.attn.hook_z": torch.full((3, 4, 24), torch.inf)}, "hook_z holds NaN or inf"),
+    ({"constant/blocks.0.attn.hook_z": torch.ones(4, 24)}, "hook_z .* has no place"),
+    ({"constant/blocks.0.attn.hook_z": torch.ones(3, 4, 24, dtype=torch.int32)}, "hook_z of I32 .* has no place"),
+    ({"constant/blocks.0.hook_q": torch.ones(3, 96)}, "hook_q .* has no place"), ({"weight": torch.ones(3)}, "weight .* has no place"),
+])
+def test_crafted_tensors(circuit: tlnp.Circuit, tmp_path: Path, change: dict[str, torch.Tensor], text: str) -> None:
+    path = tmp_path / "c.safetensors"
+    saved_with_constants(circuit, path)
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    crafted(path, tensors | change, metadata)
+    with pytest.raises(ValueError, match=rf"c\.safetensors is damaged.*{text}"):
+        tlnp.Circuit.load(path)
+    if "NaN" in text:
+        broken = tlnp.Ablation("mean", {"blocks.0.attn.hook_z": next(iter(change.values()))})
+        with pytest.raises(ValueError, match="this circuit cannot be saved: .* NaN or inf"):
+            circuit.under(broken).save(path)
+
+
+@pytest.mark.parametrize("header", [
+    b"", b"{}", b"\xff" * 8, b"[" * 10**6, b'{"a":' * 10**5, b'{"__metadata__":null}', b'{"__metadata__":{"format":NaN}}',
+    b'{"__metadata__":{"format":"tl_nodeprune.circuit/2"}}'])
+@pytest.mark.parametrize("length", [None, 2**63, 10**8])
+def test_crafted_headers(tmp_path: Path, header: bytes, length: int | None) -> None:
+    path = tmp_path / "c.safetensors"
+    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header)
+    os.truncate(path, 10**11)  # a hole, which takes no disk
+    with pytest.raises(ValueError, match=r"c\.safetensors is damaged or no"):
+        tlnp.Circuit.load(path)
+
+
+def test_an_older_format_is_refused_in_words(circuit: tlnp.Circuit, tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    safetensors.torch.save_file({"gate/head/0": torch.ones(4)}, path, {"format": "tl_nodeprune.circuit/1"})
+    with pytest.raises(ValueError, match="an older version wrote it, without a checksum: find the circuit again"):
+        tlnp.Circuit.load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_loaded_is_saved_to_the_very_same_file(circuit: tlnp.Circuit, tmp_path: Path, dtype: torch.dtype) -> None:
+    constants = {hook: value.to(dtype) for hook, value in saved_with_constants(circuit, tmp_path / "c").ablation.constants.items()}
+    circuit.under(tlnp.Ablation("mean", constants)).save(tmp_path / "c")
+    loaded = tlnp.Circuit.load(tmp_path / "c")
+    assert loaded == circuit and all(torch.equal(loaded.ablation.constants[hook], value) for hook, value in constants.items())
+    loaded.save(tmp_path / "again")
+    assert tlnp.Circuit.load(tmp_path / "again").ablation == loaded.ablation
+
+
+def test_what_is_loaded_stays_when_the_file_changes(circuit: tlnp.Circuit, tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    small = saved_with_constants(circuit, path)
+    loaded = tlnp.Circuit.load(path)
+    with open(path, "r+b") as file:  # in place, as `cp` does
+        file.write(b"\xff" * path.stat().st_size)
+    assert loaded == small and loaded.ablation == small.ablation
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked here")
+def test_a_save_that_is_killed_leaves_the_circuit_before_or_the_one_after(circuit: tlnp.Circuit, tmp_path: Path) -> None:
+    path, draw, seen = tmp_path / "c.safetensors", random.Random(0), set()
+    other, contents = ~circuit, []
+    for each in (other, circuit):
+        each.save(path)
+        contents.append(path.read_bytes())
+    for _ in range(25):
+        if not (process := os.fork()):  # in which torch may hang, so that only the writing is done there
+            while True:
+                for content in contents:
+                    files.write(path, content)
+        time.sleep(draw.uniform(0, 0.1))
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        loaded = tlnp.Circuit.load(path)
+        seen.add(loaded == circuit)
+        assert loaded in (circuit, other)
+    assert seen == {True, False}
+    files.remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["n_layers", "d_model", "kv_heads"])
+def test_a_model_of_the_same_nodes_and_other_numbers(toy: Toy, circuit: tlnp.Circuit, name: str) -> None:
+    """Heads alone are the same in a model with more layers, a wider residual stream or grouped queries."""
+    other = replace(circuit.space.restrict(("head",), [0, 1]), **{name: getattr(circuit.space, name) // 2})
+    found = tlnp.Circuit.full(other)
+    for use in (lambda: tlnp.evaluate(toy[0], found, toy[1]), lambda: tlnp.report(toy[0], found, toy[1]), lambda: found.check_fits(toy[0]),
+                lambda: found.fwd_hooks(toy[0], toy[1])):
+        with pytest.raises(ValueError, match=f"found on another model .*: {name} is {getattr(other, name)} there and "
+                                             f"{getattr(circuit.space, name)} in this one"):
+            use()
 
 
 def test_a_save_that_fails_leaves_nothing_and_is_an_os_error(circuit: tlnp.Circuit, tmp_path: Path) -> None:

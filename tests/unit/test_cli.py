@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.cli import _as_json, main
+from tl_nodeprune.cli import main
+from tl_nodeprune.cli_report import as_json
 
 Toy = tuple[Any, tlnp.PromptPairs]
 ROW = {"clean": "So Mary is a really good friend, isn't", "corrupted": "So John is a really good friend, isn't",
@@ -45,6 +47,8 @@ def rows() -> list[dict[str, str]]:
     ({"--max-nodes": "0.1", "--agreement": "0.9"}, "--agreement goes with --max-kl"),
     ({"--device": "cuda:99"}, "--device 'cuda:99' cannot be used here"),
     ({"--out": __file__}, "test_cli.py' is a file; give a folder"),
+    ({"--out": ""}, "--out is ''; give a name"), ({"--html": ""}, "--html is ''"), ({"--checkpoint": ""}, "--checkpoint is ''"),
+    ({"--model": ""}, "--model is ''"), ({"--task": ""}, "--task is ''"), ({"--html": "/dev/null"}, "'/dev/null' is a device"),
 ])
 def test_bad_input_is_one_line_and_2(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str], text: str) -> None:
     options = {"--model": "toy", "--task": "ioi", "--out": str(tmp_path / "out"), "--prompts": "8"} | change
@@ -144,6 +148,95 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_search(capsys: pyte
     assert "--out '/proc/new' cannot be written" in error and "ordering" not in error
 
 
+SHORT = ["prune", "--model", "toy", "--prompts", "12", "--steps", "1", "--granularities", "mlp", "--max-kl", "20"]
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    (["--task", "t.jsonl", "--out", "r", "--html", "r/circuit.safetensors"], "circuit.safetensors' is the same file as the circuit"),
+    (["--task", "t.jsonl", "--out", "r", "--html", "./r/../r/report.json"], "is the same file as the report"),
+    (["--task", "t.jsonl", "--out", "r", "--html", "t.jsonl"], "--html 't.jsonl' is the same file as --task"),
+    (["--task", "t.jsonl", "--out", "r", "--html", "hard.jsonl"], "--html 'hard.jsonl' is the same file as --task"),
+    (["--task", "t.jsonl", "--out", "r", "--html", "r"], "--html 'r' is the same file as --out"),
+    (["--task", "report.json", "--out", "."], "the report 'report.json' is the same file as --task"),
+    (["--task", "t.jsonl", "--out", "r", "--checkpoint", "c", "--html", "c/search.safetensors"], "is the same file as the checkpoint"),
+    (["--task", "t.jsonl", "--out", "r", "--model", "m", "--html", "m/config.json"], "is the same file as the model's config.json"),
+    (["--task", "t.jsonl", "--out", "r", "--html", "link.html"], "'link.html' is a symbolic link"),
+    (["--task", "t.jsonl", "--out", "link.html"], "--out 'link.html' cannot be written"),
+    (["--task", "t.jsonl", "--out", "r", "--html", "r/report.json/page.html"], "'r/report.json' is a folder"),
+    (["--task", "t.jsonl", "--out", "r", "--checkpoint", "t.jsonl"], "--checkpoint 't.jsonl' cannot be written"),
+    (["--task", "t.jsonl", "--out", "linked"], "'linked/circuit.safetensors' is a symbolic link"),
+])
+def test_outputs_are_checked_before_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                               options: list[str], text: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("t.jsonl", "report.json"):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    os.link("t.jsonl", "hard.jsonl")
+    Path("link.html").symlink_to("nowhere")
+    for folder, name in (("m", "config.json"), ("linked", "other")):
+        Path(folder).mkdir()
+        Path(folder, name).write_text("mine")
+    Path("linked/circuit.safetensors").symlink_to("other")
+    before = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main([*SHORT, *options]) == 2
+    said = capsys.readouterr()
+    assert text in said.err and said.err.count("\n") == 1 and "KL" not in said.out
+    assert {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_show_does_not_write_over_what_it_reads(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.safetensors"
+    saved_circuit(toy, path)
+    before = path.read_bytes()
+    assert main(["show", str(path), "--model", "toy", "--task", "ioi", "--html", f"{tmp_path}/./c.safetensors"]) == 2
+    assert "is the same file as the circuit; give another name" in capsys.readouterr().err and path.read_bytes() == before
+
+
+def test_ctrl_c_is_130_and_one_line_and_what_was_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "report.json").write_text("of an earlier circuit")
+    monkeypatch.setattr("tl_nodeprune.cli.evaluate", interrupted)
+    assert main([*SHORT, "--task", "ioi", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.endswith("\ntl-nodeprune: stopped by Ctrl-C.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["circuit.safetensors"], "an old report is not left beside a new circuit"
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    def full(source: Any, target: Any) -> None:
+        if str(target).endswith("report.json"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", full)
+    assert main([*SHORT, "--task", "ioi", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith("report.json cannot be written: No space left on device\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["circuit.safetensors"]
+
+
+def test_a_page_that_fails_keeps_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tl_nodeprune.cli.save_html", fails)
+    assert main([*SHORT, "--task", "ioi", "--out", str(tmp_path), "--html", str(tmp_path / "page.html")]) == 2
+    said = capsys.readouterr()
+    assert "On held-out prompts:" in said.out and "Written: " in said.out and "A page" not in said.out and "No space left" in said.err
+
+
+def test_a_reader_that_is_gone_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        assert main([*SHORT, "--task", "ioi", "--out", str(tmp_path), "--html", str(tmp_path / "page.html")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["circuit.safetensors", "page.html", "report.json"]
+
+
 def test_prune_in_some_layers(toy: Toy, tmp_path: Path) -> None:
     options = ["--max-kl", "5", "--steps", "2", "--prompts", "12", "--layers", "-1", "--granularities", "head", "--out", str(tmp_path)]
     assert main(["prune", "--model", "toy", "--task", "ioi", *options]) == 0
@@ -154,7 +247,7 @@ def test_the_report_is_json_where_a_figure_is_not_a_number(toy: Toy, tmp_path: P
     circuit = tlnp.Circuit.full(tlnp.probe.find_nodes(toy[0]).restrict(("mlp",)))
     result = tlnp.PruneResult(circuit, True, 0.01, 0.01, [], 1.0, 0)
     found = dataclasses.replace(tlnp.evaluate(toy[0], circuit, toy[1]), faithfulness=math.nan)
-    report = json.loads(json.dumps(_as_json({}, result, found), allow_nan=False))
+    report = json.loads(json.dumps(as_json({}, result, found), allow_nan=False))
     assert report["held_out"]["faithfulness"] is report["p_value"] is report["accuracy"] is None and report["kl"] == 0.01
     assert report["interval"] == [None, None] and report["frontier"] == []
 

@@ -147,6 +147,14 @@ def test_forms(found: tlnp.Report) -> None:
         found.task_p = 0.0  # type: ignore[misc]
 
 
+def test_a_models_name_is_no_markup(found: tlnp.Report) -> None:
+    named = dataclasses.replace(found, settings=dataclasses.replace(found.settings, model="<img src=x onerror=run()>\n# _a_ [b](c) `d`"),
+                                notes=("found on 'a<script>b|c'",))
+    markdown = named.to_markdown()
+    assert r"in &lt;img src=x onerror=run()&gt; # \_a\_ \[b\](c) \`d\`; interchange" in markdown and "<" not in markdown.split("##")[0]
+    assert r"- found on 'a&lt;script&gt;b\|c'" in markdown and "<img src=x onerror=run()>" in str(named)
+
+
 def test_same_seed_same_report_and_batch_size_is_memory_only(toy: Toy) -> None:
     circuit, prompts = circuit_with(toy[0]), toy[1][:12]
     one, again, small = (tlnp.report(toy[0], circuit, prompts, **CHEAP | {"batch_size": size}) for size in (256, 256, 7))

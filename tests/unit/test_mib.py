@@ -60,10 +60,20 @@ def test_f_is_the_faithfulness_of_each_circuit(toy: Toy, ablation: str) -> None:
     used = tlnp.Ablation(ablation).fit(model, prompts, scores.space.hooks)
     found = tlnp.mib.evaluate(model, NodeScores(scores.gates, scores.space, used), prompts, sizes=(0.2, 0.7, 1.0))
     for size, f in zip(found.sizes, found.f, strict=True):
-        own = NodeScores(scores.gates, scores.space, used).top(size)
+        own = NodeScores(scores.gates, scores.space, used).top(int(size * scores.n))
         assert f == pytest.approx(tlnp.evaluate(model, own, prompts).faithfulness, abs=1e-4)
     assert found.f[-1] == pytest.approx(1, abs=1e-5) and found.ablation == ablation and found.n_prompts == len(prompts)
-    assert found.nodes == tuple(round(size * scores.n) for size in found.sizes)
+    assert found.nodes == tuple(int(size * scores.n) for size in found.sizes)
+
+
+def test_shares_are_rounded_down_to_nothing_too_as_the_board_does(toy: Toy) -> None:
+    """Of 157 nodes, GPT-2's, the board takes 0 0 0 1 3 7 15 31 78 157; f of no node is 0."""
+    model, prompts = toy
+    space = find_nodes(model).restrict(("head", "mlp"))
+    scores = NodeScores.from_flat(torch.rand(15, generator=torch.Generator().manual_seed(0)), space)
+    found = tlnp.mib.evaluate(model, scores, prompts)
+    assert found.nodes == (0, 0, 0, 0, 0, 0, 1, 3, 7, 15) and found.f[:6] == (0.0,) * 6
+    assert [int(size * 157) for size in SIZES] == [0, 0, 0, 1, 3, 7, 15, 31, 78, 157]
 
 
 def test_mappings_and_effects_are_scores_too(toy: Toy) -> None:

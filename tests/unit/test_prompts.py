@@ -104,6 +104,22 @@ def test_jsonl_round_trip_and_bad_line(toy: Toy, tmp_path: Path) -> None:
         tlnp.PromptPairs.from_jsonl(toy[0], path)
 
 
+def test_jsonl_with_a_byte_order_mark_and_what_is_no_character(toy: Toy, tmp_path: Path) -> None:
+    path, row = tmp_path / "task.jsonl", {"clean": "So Mary", "corrupted": "So John", "answer": " she", "wrong": " he"}
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8-sig")
+    assert len(tlnp.PromptPairs.from_jsonl(toy[0], path)) == 1
+    for bad in ({"clean": "So \ud800"}, {"answer": [" she", "\udfff"]}):
+        path.write_text(json.dumps(row) + "\n" + json.dumps(row | bad) + "\n")
+        with pytest.raises(ValueError, match=r"task\.jsonl, line 2: .*half of a surrogate pair"):
+            tlnp.PromptPairs.from_jsonl(toy[0], path)
+    for text in ("[" * 10**5, '{"clean": ' + "1" * 5000 + "}"):
+        path.write_text(json.dumps(row) + "\n" + text)
+        with pytest.raises(ValueError, match=r"task\.jsonl, line 2: "):
+            tlnp.PromptPairs.from_jsonl(toy[0], path)
+    with pytest.raises(ValueError, match="clean holds half of a surrogate pair"):
+        tlnp.PromptPairs.from_strings(toy[0], ["So \ud800"], ["So"], [" she"], [" he"])
+
+
 def test_jsonl_names_the_line_of_a_value_that_is_no_string(toy: Toy, tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
     path.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW | {"clean": 5}) + "\n")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from tl_nodeprune import files
 from tl_nodeprune.masks import NodeMasks
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.search.nested import Nested
@@ -31,9 +30,9 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path, asked: Mapping[str, object]) -> None:
         self.path, self.asked, self._last = Path(folder) / NAME, {name: str(value) for name, value in asked.items()}, time.monotonic()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.path.parent):  # raises now, not after the search
-            pass
+        files.make_folder(self.path.parent)  # raises now, not after the search
+        files.check_target(self.path)
+        files.remove_leftovers(self.path.parent)
         self._found = self._read() if self.path.exists() else None
 
     def restore(self, nested: Nested, generator: torch.Generator) -> bool:
@@ -52,15 +51,8 @@ class Checkpoint:
         if not now and time.monotonic() - self._last < EVERY:
             return
         tensors = {**nested.saved(), "generator": generator.get_state()}
-        handle, part = tempfile.mkstemp(dir=self.path.parent, prefix=".search-", suffix=".part")
-        os.close(handle)
-        try:
-            safetensors.torch.save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, part,
-                                        {"run": json.dumps(self.asked)})
-            os.replace(part, self.path)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
+        content = {name: value.contiguous().cpu() for name, value in tensors.items()}
+        files.write(self.path, safetensors.torch.save(content, {"run": json.dumps(self.asked)}))
         self._last = time.monotonic()
 
     def _read(self) -> dict[str, Tensor]:

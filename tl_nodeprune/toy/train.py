@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import trange
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from tl_nodeprune import files
 from tl_nodeprune.tasks import ROWS, Row, Words
 from tl_nodeprune.toy import CONFIG, special_tokens
 
@@ -89,7 +90,7 @@ def train(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     weights_out = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
-    safetensors.torch.save_file(weights_out, out / "model.safetensors")
+    files.write(out / "model.safetensors", safetensors.torch.save(weights_out, {"format": "pt"}))
 
 
 if __name__ == "__main__":

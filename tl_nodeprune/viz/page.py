@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -18,6 +17,8 @@ from markupsafe import Markup
 from plotly.basedatatypes import BaseFigure
 from plotly.offline import get_plotlyjs
 
+from tl_nodeprune import files
+
 Item: TypeAlias = "go.Figure | RenderedHTML | pd.DataFrame | str"
 CAPTION = '<p class="caption">{}</p>\n'
 
@@ -28,8 +29,8 @@ def save_html(path: str | Path, *figures: Item, title: str = "tl_nodeprune") -> 
 
     figures: plotly figures, circuitsvis views, DataFrames (tables that filter as you type, and sort by a click on a column), and
         strings (a paragraph each).
-    Returns the path. Raises: ValueError where nothing is given; TypeError for anything else; FileNotFoundError where the folder
-    does not exist; OSError where the file cannot be written.
+    Returns the path. Raises: ValueError where nothing is given, or an empty name; TypeError for anything else; FileNotFoundError where
+    the folder does not exist; FileExistsError at a symbolic link, a device or a pipe; OSError where the file cannot be written.
     """
     if not figures:
         raise ValueError("save_html has nothing to write; give one figure or more.")
@@ -37,30 +38,12 @@ def save_html(path: str | Path, *figures: Item, title: str = "tl_nodeprune") -> 
         if not isinstance(item, BaseFigure | RenderedHTML | pd.DataFrame | str):
             raise TypeError(f"figure {number} is a {type(item).__name__}; save_html takes plotly figures, circuitsvis views, DataFrames "
                             "and strings.")
-    path = check_writable(path)
+    path = files.check_target(path)
     text = _template().render(
         title=title, items=[_fragment(item) for item in figures],
         plotly=Markup(get_plotlyjs()) if any(isinstance(item, BaseFigure) for item in figures) else "",
         circuitsvis=Markup(_bundle()) if any(isinstance(item, RenderedHTML) for item in figures) else "")
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def check_writable(path: str | Path) -> Path:
-    """The path, if its folder is there and it is no folder itself. Raises FileNotFoundError, or IsADirectoryError."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {str(path.parent)!r} does not exist; make it first.")
-    if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a folder; give the name of a file.")
-    return path
+    return files.write(path, text)
 
 
 def parts_of(view: RenderedHTML) -> tuple[str, str, str]:
