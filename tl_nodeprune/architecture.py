@@ -81,7 +81,7 @@ class Probe:
         for layer in range(self._n_layers):
             for short in (_PRE, _ATTN, _MLP, _Z, _HIDDEN, _PATTERN, _POST):
                 name = f"blocks.{layer}.{short}"
-                if name in self._table and (short not in (_Z, _HIDDEN) or self._reader(name)):
+                if name in self._table and (short not in (_Z, _HIDDEN) or self._reader(name) is not None):
                     yield name, self._hook(layer, short, name)
 
     def _hook(self, layer: int, short: str, name: str) -> HookFn:
