@@ -218,8 +218,9 @@ def _readers(model: Any) -> dict[int, tuple[int, ...]]:
 
 
 def _large(activation: Tensor) -> float:
-    """A factor so large that what a block makes of a stream's norm is small beside the stream; half precision bears less."""
-    return 4.0 if activation.dtype == torch.float16 else 1024.0
+    """A factor so large that what a block makes of a stream's norm is small beside the stream, and that half precision bears."""
+    room = torch.finfo(activation.dtype).max / 16 / max(float(activation[0].abs().max()), 1e-6)
+    return max(2.0, min(1024.0, room))
 
 
 def _is_rows(activation: Any) -> bool:

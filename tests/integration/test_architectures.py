@@ -309,6 +309,12 @@ def test_layers_of_a_hybrid_have_the_nodes_of_their_kind() -> None:
     assert circuit.parameters == sum(parameters.values()) and parameters["layer"] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granitemoe", "gemma4_text"])
+def test_half_precision_has_the_same_nodes(kind: str, dtype: torch.dtype) -> None:
+    assert find_nodes(bridge_of(hf_family(kind)).to(dtype)).shapes == find_nodes(bridge_of(hf_family(kind))).shapes
+
+
 def test_a_probe_that_fails_says_so(tmp_path: Path) -> None:
     model = bridge(hf_model("gpt2"), tmp_path)
     point = model.hook_dict["blocks.0.hook_resid_pre"]
