@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +60,9 @@ class NodeSpace:
     shapes: of the gate tensors; "layer", "attn", "mlp" are [], "head" [head], "attn_neuron" [head d_head],
         "mlp_neuron" [d_mlp], "mlp_out" [d_model].
     present: the same for every granularity and layer that the model has, whether gated here or not.
+    weights: rows of "attn", "mlp" or "layer", layer, how many entries the weight matrices there have; of a block those outside its
+        attention and MLP nodes, such as a hybrid's other mixers. Empty: as many as the nodes own.
+    lacking: why the model, or a layer of it, lacks a granularity, by the granularity's name.
     """
 
     shapes: dict[GateKey, tuple[int, ...]]
@@ -69,6 +72,11 @@ class NodeSpace:
     kv_heads: int
     gated_mlp: bool
     model_name: str = ""
+    weights: tuple[tuple[str, int, int], ...] = ()
+    lacking: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(map(tuple, self.weights)))  # a file has lists
 
     @property
     def granularities(self) -> tuple[str, ...]:
@@ -107,6 +115,11 @@ class NodeSpace:
         same = Path(name).name == Path(self.model_name).name
         return "" if same or not (name and self.model_name) else f"a model called {self.model_name!r}, this one is called {name!r}"
 
+    @property
+    def matrices(self) -> dict[GateKey, int]:
+        """`weights` by gate key."""
+        return {GateKey(name, layer): n for name, layer, n in self.weights}
+
     def width(self, hook: str) -> tuple[int, ...]:
         """A mask's shape at a hook point: that of the finest granularity living there."""
         return max((shape for key, shape in self.present.items() if key.hook == hook), key=len)
@@ -126,7 +139,10 @@ class NodeSpace:
         return found
 
     def covered(self, key: GateKey) -> bool:
-        """Whether all that lies below a gate is gated too, so that it is dead when everything below it is."""
+        """Whether all that lies below a gate is gated too, so that it is dead when everything below it is. Never a block that has
+        more weights than those of its attention and MLP nodes."""
+        if key in self.matrices and key.granularity == "layer":
+            return False
         below = [GateKey(name, key.layer) for name, parent in PARENTS.items() if parent == key.granularity]
         below = [child for child in below if child in self.present]
         if key.granularity == "mlp":
@@ -167,11 +183,12 @@ class NodeSpace:
 
         Raises: ValueError for an unknown or empty choice, or a granularity or layer that the model lacks.
         """
-        chosen = check_granularities(granularities, self.granularities)
+        chosen = check_granularities(granularities, self.granularities, self.lacking)
         kept_layers = check_layers(layers, self.n_layers)
         shapes = {k: s for k, s in self.shapes.items() if k.granularity in chosen and k.layer in kept_layers}
         if not shapes:
-            raise ValueError(f"layers={sorted(kept_layers)} have no node of granularity {chosen}: nothing to gate.")
+            why = f" ({self.lacking[chosen[0]]})" if chosen[0] in self.lacking else ""
+            raise ValueError(f"layers={sorted(kept_layers)} have no node of granularity {chosen}: nothing to gate{why}.")
         return replace(self, shapes=shapes)
 
 
@@ -180,8 +197,9 @@ def layer_of(hook: str) -> int:
     return int(hook.split(".")[1])
 
 
-def check_granularities(given: Iterable[str] | None, available: tuple[str, ...]) -> tuple[str, ...]:
-    """The granularities asked for, in order; all available ones for None. Raises ValueError on any other name."""
+def check_granularities(given: Iterable[str] | None, available: tuple[str, ...],
+                        lacking: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The granularities asked for, in order; all available ones for None. Raises ValueError on any other name; `lacking` says why."""
     if given is None:
         return available
     names = [given] if isinstance(given, str) else list(given)
@@ -189,7 +207,8 @@ def check_granularities(given: Iterable[str] | None, available: tuple[str, ...])
         if name not in GRANULARITIES:
             raise ValueError(f"unknown granularity {name!r}; allowed: {', '.join(GRANULARITIES)}.")
         if name not in available:
-            raise ValueError(f"this model has no {name!r} nodes; it has: {', '.join(available)}. Leave it out.")
+            why = f" ({lacking[name]})" if lacking and name in lacking else ""
+            raise ValueError(f"this model has no {name!r} nodes{why}; it has: {', '.join(available)}. Leave it out.")
     if not names:
         raise ValueError(f"granularities is empty; give one or more of {', '.join(available)}, or None for all.")
     return tuple(name for name in GRANULARITIES if name in names)
@@ -250,22 +269,44 @@ def combine(space: NodeSpace, hook: str, gates: Gates) -> torch.Tensor:
 
 
 def count_parameters(space: NodeSpace, live: Gates) -> int:
-    """Weight-matrix entries of attention and MLPs that the live nodes need (no biases, norms, embeddings).
+    """Weight-matrix entries of the blocks that the live nodes need (no biases, norms, embeddings).
 
     A key head is needed while a query head of its group is live, a value dim while one of the group reads it; a neuron costs
-    its row in W_in (and W_gate) and, in W_out, one entry per live output dim. MLPs without neuron nodes (Mixtral) count 0.
+    its row in W_in (and W_gate) and, in W_out, one entry per live output dim. What no finer node owns counts whole while any node of
+    its attention, MLP or block is live: a router and experts, projections that heads share, a hybrid's other mixers.
     """
-    total = 0
+    total, owned = 0, space.matrices
     for layer in range(space.n_layers):
-        z = _live_leaf(space, live, GateKey("attn_neuron", layer))
+        attn, mlp, block = (GateKey(name, layer) for name in ("attn", "mlp", "layer"))
+        z, neurons, outs = (_live_leaf(space, live, GateKey(name, layer)) for name in ("attn_neuron", "mlp_neuron", "mlp_out"))
         if z is not None:
-            groups = reduce(z, "(group head) d_head -> group d_head", "any", group=space.kv_heads)
-            total += space.d_model * (z.shape[1] * int(z.any(1).sum() + groups.any(1).sum()) + int(z.sum() + groups.sum()))
-        neurons, outs = (_live_leaf(space, live, GateKey(name, layer)) for name in ("mlp_neuron", "mlp_out"))
+            total += _with_rest(owned.get(attn), _attention(space, z), _attention(space, torch.ones_like(z)))
+        elif attn in owned and bool(_live_leaf(space, live, attn)):
+            total += owned[attn]
         if neurons is not None and outs is not None:
-            n, o = int(neurons.sum()), int(outs.sum())
-            total += n * (space.d_model * (2 if space.gated_mlp else 1) + o) if o else 0
+            total += _with_rest(owned.get(mlp), _mlp(space, neurons, outs), _mlp(space, torch.ones_like(neurons), torch.ones_like(outs)))
+        elif mlp in owned and outs is not None and outs.any():
+            total += owned[mlp]
+        if block in owned and (block not in space.present or bool(_live_leaf(space, live, block))):
+            total += owned[block]
     return total
+
+
+def _attention(space: NodeSpace, z: torch.Tensor) -> int:
+    groups = reduce(z, "(group head) d_head -> group d_head", "any", group=space.kv_heads)
+    return space.d_model * (z.shape[1] * int(z.any(1).sum() + groups.any(1).sum()) + int(z.sum() + groups.sum()))
+
+
+def _mlp(space: NodeSpace, neurons: torch.Tensor, outs: torch.Tensor) -> int:
+    n, o = int(neurons.sum()), int(outs.sum())
+    return n * (space.d_model * (2 if space.gated_mlp else 1) + o) if o else 0
+
+
+def _with_rest(whole: int | None, part: int, of: int) -> int:
+    """A part of the `of` weights that nodes own, and what there is beyond these; the whole where nodes would own more than there is."""
+    if whole is None or not part:
+        return part
+    return part + whole - of if whole >= of else whole
 
 
 def _live_leaf(space: NodeSpace, live: Gates, key: GateKey) -> torch.Tensor | None:

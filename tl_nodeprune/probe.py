@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tl_nodeprune.hooks import answer_logits, capture, find_attachment, inactive
-from tl_nodeprune.nodes import GRANULARITIES, HOOKS, GateKey, NodeSpace
+from tl_nodeprune.architecture import Probe, matrices
+from tl_nodeprune.hooks import answer_logits
+from tl_nodeprune.nodes import GRANULARITIES, GateKey, NodeSpace
 
 
 def find_nodes(model: Any) -> NodeSpace:
-    """Every node of a HookedTransformer or TransformerBridge, from one probe forward of two tokens.
+    """Every node of a HookedTransformer or TransformerBridge, from one probe forward of three tokens.
 
-    Raises: TypeError where `model` is no TransformerLens model; ValueError where it has no single stack of `blocks`
-    or its blocks do not add to the residual stream.
+    A granularity is there in a layer where the probe shows that changing its hook point does what closing such a node means, whatever
+    the model is called: see `Probe`. `NodeSpace.lacking` says of the first layer that lacks one why.
+
+    Raises: TypeError where `model` is no TransformerLens model; ValueError where the forward fails, or the model has no single stack of
+    `blocks` that add to the residual stream.
     """
     if not hasattr(model, "hook_dict") or not hasattr(model, "cfg"):
         raise TypeError(f"expected a HookedTransformer or TransformerBridge, got {type(model).__name__}.")
-    n_layers, table = int(model.cfg.n_layers), model.hook_dict
-    shorts = ("hook_resid_pre", *dict.fromkeys(HOOKS.values()))
-    names = [name for layer in range(n_layers) for s in shorts if (name := f"blocks.{layer}.{s}") in table]
-    if f"blocks.{n_layers - 1}.hook_resid_post" not in names:
-        raise ValueError(f"{type(model).__name__} has no blocks.{n_layers - 1}.hook_resid_post; only decoder-only models "
-                         "with one stack of `blocks` have nodes here.")
-    tokens = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
-    with inactive(find_attachment(model)):
-        seen = capture(model, tokens, names)
+    probe, n_layers = Probe(model), int(model.cfg.n_layers)
     shapes: dict[GateKey, tuple[int, ...]] = {}
+    lacking: dict[str, str] = {}
+    weights: list[tuple[str, int, int]] = []
     for layer in range(n_layers):
-        _check_additive(layer, seen)
-        shapes |= _shapes_in_layer(layer, seen, {name: table[name] for name in names})
+        found = probe.layer(layer)
+        shapes |= {GateKey(name, layer): found[name] for name in GRANULARITIES if name in found}
+        lacking |= {name: why for name, why in probe.lacking.items() if name not in found} | lacking
+        weights += _weights(model.blocks[layer], layer, found)
+    if not shapes:
+        raise ValueError(f"{lacking['layer']}. So nothing in this model is a node; supported are blocks with resid_post = resid_pre + what "
+                         "they add.")
+    heads = {shape[0] for key, shape in shapes.items() if key.granularity == "head"}
+    kv_heads = int(getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads)
     return NodeSpace(
-        shapes, shapes, d_model=seen["blocks.0.hook_resid_post"].shape[-1], n_layers=n_layers,
-        kv_heads=int(getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads),
-        gated_mlp=bool(getattr(model.cfg, "gated_mlp", False)), model_name=model_name(model),
+        shapes, shapes, d_model=probe.d_model, n_layers=n_layers, kv_heads=kv_heads if all(n % kv_heads == 0 for n in heads) else 1,
+        gated_mlp=bool(getattr(model.cfg, "gated_mlp", False)), model_name=model_name(model), weights=tuple(weights),
+        lacking=lacking,
     )
 
 
@@ -92,36 +97,16 @@ def can_slice(model: Any, tokens: Tensor, positions: Tensor) -> bool:
     return cut.shape == whole.shape and torch.allclose(cut, whole, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-def _shapes_in_layer(layer: int, seen: Mapping[str, Tensor], points: Mapping[str, Any]) -> dict[GateKey, tuple[int, ...]]:
-    def get(short: str) -> Tensor | None:
-        return seen.get(f"blocks.{layer}.{short}")
-
-    z, post, out = get("attn.hook_z"), get("mlp.hook_post"), get("hook_mlp_out")
-    shapes: dict[str, tuple[int, ...]] = {"layer": ()}
-    if get("hook_attn_out") is not None:
-        shapes["attn"] = ()
-    if z is not None and z.ndim == 4:
-        shapes |= {"head": (z.shape[2],), "attn_neuron": (z.shape[2], z.shape[3])}
-    if out is not None:
-        shapes |= {"mlp": (), "mlp_out": (out.shape[-1],)}
-    # Mixtral's hook_post is the very hook point of hook_mlp_out: no neurons there
-    shared = points.get(f"blocks.{layer}.mlp.hook_post") is points.get(f"blocks.{layer}.hook_mlp_out")
-    if post is not None and post.ndim == 3 and not shared:
-        shapes["mlp_neuron"] = (post.shape[-1],)
-    return {GateKey(name, layer): shapes[name] for name in GRANULARITIES if name in shapes}
-
-
-def _check_additive(layer: int, seen: Mapping[str, Tensor]) -> None:
-    zero = torch.zeros((), device=seen[f"blocks.{layer}.hook_resid_pre"].device)
-    pre, attn, mlp, post = (seen.get(f"blocks.{layer}.{name}", zero).float()
-                            for name in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"))
-    if not torch.isfinite(post).all():
-        return  # a broken model is named where its logits are looked at
-    if not torch.allclose(pre + attn + mlp, post, rtol=1e-2, atol=1e-2 * float(post.abs().max())):
-        raise ValueError(
-            f"block {layer} does not add its attention and MLP outputs to the residual stream (a post-norm model such as "
-            "BERT?), so they are not nodes. Supported: models with resid_pre + attn_out + mlp_out = resid_post."
-        )
+def _weights(block: Any, layer: int, found: Container[str]) -> list[tuple[str, int, int]]:
+    """Rows of `NodeSpace.weights`: what is in no attention or MLP node is the block's own."""
+    parts = getattr(block, "submodules", None) or block._modules
+    counts: dict[str, int] = {}
+    for name, modules in (("attn", ("attn", "linear_attn")), ("mlp", ("mlp",))):
+        for part in [parts[m] for m in modules if name in found and parts.get(m) is not None]:
+            inside = part.submodules.values() if getattr(part, "name", "") is None else [part]  # OPT's MLP is no module of its own
+            counts[name] = counts.get(name, 0) + sum(map(matrices, inside))
+    counts["layer"] = matrices(block) - sum(counts.values())
+    return [(name, layer, n) for name, n in counts.items() if n]
 
 
 def _rate(module: Any, attribute: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +56,42 @@ def test_pruned_grouped_query_and_gated_mlp() -> None:
     gates[GateKey("mlp_neuron", 0)] = torch.tensor([1, 1, 0, 0, 0]).bool()
     # Q: 2 heads x 3, K: 1 x 3, V: dims 0 and 1, O: 1 + 1; neurons: 2 x (4 gate + 4 in + 4 out)
     assert count_parameters(space, settle(space, gates)) == 4 * (6 + 3 + 2 + 2) + 2 * 12
+
+
+def weighing(granularities: tuple[str, ...], **weights: int) -> NodeSpace:
+    return replace(space_of(granularities=granularities), weights=tuple((name, 0, n) for name, n in weights.items()))
+
+
+def test_weights_that_no_node_owns_count_while_any_node_there_is_live() -> None:
+    space = weighing(tlnp.GRANULARITIES, attn=4 * 24 + 7, mlp=2 * 20 + 11, layer=13)
+    gates = open_gates(space)
+    assert count_parameters(space, gates) == 4 * 24 + 7 + 2 * 20 + 11 + 13
+    gates[GateKey("head", 0)][0] = False
+    assert count_parameters(space, settle(space, gates)) == 2 * 24 + 7 + 2 * 20 + 11 + 13
+    gates[GateKey("attn", 0)].zero_()
+    assert count_parameters(space, settle(space, gates)) == 2 * 20 + 11 + 13
+    gates[GateKey("mlp", 0)].zero_()
+    assert count_parameters(space, settle(space, gates)) == 13
+    gates[GateKey("layer", 0)].zero_()
+    assert count_parameters(space, settle(space, gates)) == 0
+
+
+def test_without_heads_and_neurons_attention_and_mlp_count_whole() -> None:
+    space = weighing(("layer", "attn", "mlp"), attn=100, mlp=1000)
+    blocks = {key: shape for key, shape in space.present.items() if key.granularity in ("layer", "attn", "mlp", "mlp_out")}
+    space = replace(space, present=blocks)
+    for attn, mlp in [(1, 1), (1, 0), (0, 1), (0, 0)]:
+        gates = open_gates(space) | {GateKey("attn", 0): torch.tensor(attn).bool(), GateKey("mlp", 0): torch.tensor(mlp).bool()}
+        assert count_parameters(space, settle(space, gates)) == 100 * attn + 1000 * mlp
+
+
+def test_a_block_with_weights_of_its_own_lives_on_without_its_attention_and_mlp() -> None:
+    gates = {name: torch.tensor(name == "layer") for name in ("layer", "attn", "mlp")}
+    for own, live in [({}, False), ({"layer": 13}, True)]:
+        space = weighing(("layer", "attn", "mlp"), **own)
+        settled = settle(space, {key: gates[key.granularity] for key in space.shapes})
+        assert bool(settled[GateKey("layer", 0)]) is live
+        assert (GateKey("layer", 0) in space.free()) is live
 
 
 def test_an_mlp_with_no_output_needs_no_weights() -> None:

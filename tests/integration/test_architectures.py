@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import bridge_of, hf_family
 from integration_support import (
     ARCHITECTURES,
     D_HEAD,
@@ -276,6 +277,57 @@ def test_models_without_additive_blocks_are_refused_clearly(name: str, tmp_path:
     with pytest.raises(ValueError, match=message):
         tlnp.add_node_masks(model)
     assert n_hooks(model) == before
+
+
+@pytest.mark.parametrize(("kind", "granularity", "message"), [
+    ("deepseek_v2", "head", "blocks.0.attn.hook_z is cut into 8 parts of 4, and the attention has 4 heads"),
+    ("deepseek_v2", "attn_neuron", "blocks.0.attn.hook_z is cut into 8 parts of 4, and the attention has 4 heads"),
+    ("granitemoe", "mlp_neuron", "blocks.0.mlp.hook_post is not what one weight matrix reads, as in a mixture of experts"),
+    ("mamba", "attn", "TransformerLens has no blocks.0.hook_attn_out there"),
+])
+def test_what_an_architecture_lacks_is_refused_with_the_reason(kind: str, granularity: str, message: str) -> None:
+    model = bridge_of(hf_family(kind))
+    before = n_hooks(model)
+    with pytest.raises(ValueError, match=f"this model has no '{granularity}' nodes .{message}"):
+        tlnp.add_node_masks(model, [granularity])
+    assert n_hooks(model) == before
+    masks = tlnp.add_node_masks(model, ["layer"])
+    assert masks.space.granularities == ("layer",)
+    masks.remove()
+
+
+def test_layers_of_a_hybrid_have_the_nodes_of_their_kind() -> None:
+    model = bridge_of(hf_family("lfm2"))
+    space = find_nodes(model)
+    assert {key.layer for key in space.shapes if key.granularity in ("attn", "head", "attn_neuron")} == {1}
+    assert {key.layer for key in space.shapes if key.granularity in ("layer", "mlp", "mlp_neuron", "mlp_out")} == {0, 1, 2}
+    assert not space.covered(GateKey("layer", 0)) and space.covered(GateKey("layer", 1)), "a convolution lives on without its MLP"
+    with pytest.raises(ValueError, match=r"layers=\[0\] have no node of granularity .*hook_z"):
+        tlnp.add_node_masks(model, ["head"], layers=[0])
+    circuit = tlnp.Circuit.full(space)
+    parameters = {name: sum(n for kind, _, n in space.weights if kind == name) for name in ("attn", "mlp", "layer")}
+    assert circuit.parameters == sum(parameters.values()) and parameters["layer"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granitemoe", "gemma4_text"])
+def test_half_precision_has_the_same_nodes(kind: str, dtype: torch.dtype) -> None:
+    assert find_nodes(bridge_of(hf_family(kind)).to(dtype)).shapes == find_nodes(bridge_of(hf_family(kind))).shapes
+
+
+def test_a_probe_that_fails_says_so(tmp_path: Path) -> None:
+    model = bridge(hf_model("gpt2"), tmp_path)
+    point = model.hook_dict["blocks.0.hook_resid_pre"]
+
+    def beyond(activation: Tensor, hook: Any) -> Tensor:
+        activation[:, 5] += 1
+        return activation
+
+    point.add_hook(beyond)
+    with pytest.raises(ValueError, match="forward fails on 3 tokens.*IndexError.*is a hook of yours on it"):
+        tlnp.add_node_masks(model)
+    assert n_hooks(model) == 1
+    model.reset_hooks()
 
 
 def test_every_hugging_face_architecture_is_covered() -> None:
