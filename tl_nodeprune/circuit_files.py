@@ -29,6 +29,7 @@ _MOST_HEADER, _MOST_NODES, _MOST_POSITIONS = 1 << 24, 1 << 26, 1 << 20  # far ab
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES = _FLOATS | {"U8": torch.uint8}
 
+_Count = Annotated[int, pydantic.Field(ge=1)]
 _Whole = Annotated[int, pydantic.Field(ge=1, le=_MOST_NODES)]
 _Layer = Annotated[int, pydantic.Field(ge=0, lt=10_000)]
 _Rows = list[tuple[Literal[GRANULARITIES], _Layer, list[_Whole]]]  # type: ignore[valid-type]
@@ -36,7 +37,7 @@ _STRICT = pydantic.ConfigDict(strict=True, extra="forbid")
 
 
 class _Space(pydantic.BaseModel):
-    """The fields of a NodeSpace; shapes are rows of granularity, layer, shape."""
+    """The fields of a NodeSpace that are saved; shapes are rows of granularity, layer, shape."""
 
     model_config = _STRICT
     shapes: _Rows
@@ -46,6 +47,7 @@ class _Space(pydantic.BaseModel):
     kv_heads: _Whole
     gated_mlp: bool
     model_name: str
+    weights: list[tuple[Literal["attn", "mlp", "layer"], _Layer, _Count]]
 
 
 class _Metadata(pydantic.BaseModel):
@@ -85,7 +87,8 @@ def pack(space: NodeSpace, live: Gates, ablation: Ablation) -> bytes:
     if ablation.name in ("mean", "optimal"):
         tensors |= {f"constant/{hook}": value.contiguous() for hook, value in ablation.constants.items()}
     rows = {name: [[*key, list(shape)] for key, shape in getattr(space, name).items()] for name in ("shapes", "present")}
-    metadata = {"format": _FORMAT, "ablation": ablation.name, "space": json.dumps(asdict(space) | rows), "sha256": _BLANK}
+    fields = {name: value for name, value in asdict(space).items() if name in _Space.model_fields}
+    metadata = {"format": _FORMAT, "ablation": ablation.name, "space": json.dumps(fields | rows), "sha256": _BLANK}
     data = safetensors.torch.save(tensors, metadata)
     header = data[8:8 + int.from_bytes(data[:8], "little")]
     try:
