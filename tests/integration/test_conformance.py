@@ -26,11 +26,14 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind in KINDS else pytest.mark.slow) for kind in families()])
-def test_a_family_agrees_with_plain_hooks_or_is_refused_in_words(kind: str) -> None:
+def test_a_family_agrees_with_plain_hooks_or_is_refused_in_words(kind: str, tmp_path: Path) -> None:
     found = conform(kind)
     if found.space is not None:
         assert found.agrees, (found.worst, found.where, found.parameters)
         assert found.moved > 10 * TOLERANCE, "closing a node must do something for this test to mean anything"
+        saved = tlnp.Circuit.full(found.space)
+        saved.save(tmp_path / "circuit.safetensors")
+        assert (loaded := tlnp.Circuit.load(tmp_path / "circuit.safetensors")) == saved and loaded.parameters == saved.parameters
     else:
         assert found.by == "TransformerLens" or "hook_resid" in found.refused or "resid_post" in found.refused, found.refused
     if not hooked_transformer():
