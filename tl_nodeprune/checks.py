@@ -109,3 +109,17 @@ def check_positions(positions: Tensor, mask: Tensor) -> None:
     inside = (positions >= 0) & (positions < mask.shape[1])
     if not inside.all() or not mask.gather(1, positions[:, None].to(mask.device).long()).all():
         raise ValueError(f"answer_positions must point at real tokens, 0 to {mask.shape[1] - 1}; got {positions.tolist()[:8]}…")
+
+
+def check_logits(logits: Tensor, of: str) -> None:
+    """Raises FloatingPointError that says whose logits [... d_vocab] hold a NaN or inf; a token that never occurs may have -inf."""
+    if bool(logits.isnan().any()) or not bool(logits.amax(-1).isfinite().all()):
+        raise FloatingPointError(f"NaN or inf in the logits of {of}; nothing was changed. In half precision try float32, "
+                                 "and check that the model runs on these prompts.")
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raises FloatingPointError where a number is NaN or inf. what: they are, and of what."""
+    if not values.isfinite().all():
+        raise FloatingPointError(f"NaN or inf in {what}; nothing was changed. In half precision try float32, and check that the model runs "
+                                 "on these prompts. A logit of -inf is right only at tokens that are no answer and that never occur.")

@@ -279,15 +279,15 @@ def circuit_logits(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_
     logits = []
     for batch in prompts.batches(batch_size):
         with torch.no_grad(), temporary_hooks(model, circuit.hooks_on(model, batch)):
-            logits.append(full_logits(model, batch))
+            logits.append(full_logits(model, batch, of="the circuit"))
     return torch.cat(logits)
 
 
-def full_logits(model: Any, prompts: PromptPairs) -> Tensor:
+def full_logits(model: Any, prompts: PromptPairs, *, of: str = "the full model") -> Tensor:
     """The model's logits at the answer positions, as it is: [batch d_vocab], float32. One forward, no gradient."""
     assert prompts.answer_positions is not None
     with torch.no_grad():
-        return answer_logits(model, prompts.clean, prompts.answer_positions, sliced=False)
+        return answer_logits(model, prompts.clean, prompts.answer_positions, sliced=False, of=of)
 
 
 def _to_json(shapes: Mapping[GateKey, tuple[int, ...]]) -> list[list[Any]]:

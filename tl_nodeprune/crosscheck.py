@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from transformer_lens import patching
 
 from tl_nodeprune.agreement import Agreement, GranularityAgreement, NodeScore, agreement
-from tl_nodeprune.checks import check_counts
+from tl_nodeprune.checks import check_counts, check_finite
 from tl_nodeprune.effects import DIRECTIONS, Effects
 from tl_nodeprune.hooks import answer_logits, capture_nodes, mask_hooks, temporary_hooks
-from tl_nodeprune.losses import LossFn, check_finite
+from tl_nodeprune.losses import LossFn
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.probe import can_slice, check_ready, device_of, find_nodes
@@ -143,6 +143,8 @@ class _Task:
             yield _Batch(pairs, tokens, source, self.full[rows], (self.corrupted if denoise else self.clean)[rows], self.metric)
 
     def effects(self, gates: dict[GateKey, Tensor], method: str) -> Effects:
+        for key, gate in gates.items():
+            check_finite(gate, f"the {key.granularity} effects of layer {key.layer}")
         clean, corrupted = float(self.clean.mean()), float(self.corrupted.mean())
         return Effects(gates, self.space, self.direction, method, clean, corrupted, len(self.prompts))
 
@@ -163,8 +165,6 @@ def _task(model: Any, prompts: PromptPairs, granularities: Iterable[str] | None,
     sliced = can_slice(model, pairs.clean, positions(pairs))
     full, other = (torch.cat([answer_logits(model, tokens(batch), positions(batch), sliced) for batch in pairs.batches(batch_size)])
                    for tokens in (lambda batch: batch.clean, lambda batch: batch.corrupted))
-    for logits, which in ((full, "clean"), (other, "corrupted")):
-        check_finite(logits, f"the model on the {which} prompts")
     clean, corrupted = (_measured(metric, logits, full, pairs) for logits in (full, other))
     _check_scale(float(clean.mean()), float(corrupted.mean()))
     return _Task(model, pairs, space, direction, metric, batch_size, sliced, full, clean, corrupted)
@@ -183,8 +183,7 @@ def _measured(metric: LossFn, logits: Tensor, full: Tensor, prompts: PromptPairs
     if not isinstance(values, Tensor) or values.shape != (len(prompts),):
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"the metric must return a tensor [batch], one value for each of the {len(prompts)} prompts; got {given}.")
-    if not torch.isfinite(values).all():
-        raise FloatingPointError("the metric holds a NaN or inf. In half precision try float32, and check the model on these prompts.")
+    check_finite(values, "the metric")
     return values.float()
 
 
@@ -202,7 +201,8 @@ def _patch(task: _Task, batch: _Batch, key: GateKey, nodes: Tensor) -> Float[Ten
     mask = mask.view(len(mask), 1, *(mask.shape[1:] or (1,)))
     repeated = source.repeat(n, *[1] * (source.ndim - 1))
     with temporary_hooks(task.model, mask_hooks([key.hook], lambda hook: mask, lambda hook: repeated)):
-        logits = answer_logits(task.model, batch.tokens.repeat(n, 1), positions(batch.prompts).repeat(n), task.sliced)
+        logits = answer_logits(task.model, batch.tokens.repeat(n, 1), positions(batch.prompts).repeat(n), task.sliced,
+                               of="the patched model")
     return torch.stack([batch.gain(part) for part in logits.split(len(batch.prompts))])
 
 

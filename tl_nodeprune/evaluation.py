@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_nodeprune.checks import check_counts
+from tl_nodeprune.checks import check_counts, check_finite
 from tl_nodeprune.circuit import Circuit, check_circuit, circuit_logits, full_logits
 from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.masks import masks_off
@@ -75,7 +75,7 @@ def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: 
 
     Masks that are attached are left out for the while. Raises: ValueError where the circuit or the prompts do not fit the model, or
     corrupted prompts are missing under interchange ablation; TypeError for what is no Circuit or PromptPairs; RuntimeError where a
-    circuit is applied already or the model is in training mode with dropout.
+    circuit is applied already or the model is in training mode with dropout; FloatingPointError for NaN or inf.
     """
     check_circuit(circuit)
     check_pairs(prompts)
@@ -97,8 +97,10 @@ def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: 
 
 
 def _metrics(logits: Tensor, full: Tensor, prompts: PromptPairs) -> Metrics:
-    diff = prompts.logit_diff(logits)
+    with torch.no_grad():
+        diff, kl = prompts.logit_diff(logits), kl_divergence(logits, full)
+    check_finite(kl, "the KL of the circuit")
     return Metrics(
-        kl=float(kl_divergence(logits, full).mean()), accuracy=float((diff > 0).float().mean()),
+        kl=float(kl.mean()), accuracy=float((diff > 0).float().mean()),
         logit_diff=float(diff.mean()), exact_match=float((logits.argmax(-1) == full.argmax(-1)).float().mean()),
     )

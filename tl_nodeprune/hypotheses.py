@@ -1,8 +1,8 @@
 """The circuit-hypothesis tests of Shi et al. 2024 (arXiv:2410.13032), in our reading: equivalence, independence, minimality.
 
 Each takes scores that were measured before (`tl_nodeprune.report` measures them) and raises ValueError where they are too few to tell
-anything. The null of the first two is what a circuit claims, so that a small p-value speaks against it and a large one is no proof for it;
-the null of the third is what a circuit denies.
+anything, FloatingPointError where one is NaN or inf. The null of the first two is what a circuit claims, so that a small p-value speaks
+against it and a large one is no proof for it; the null of the third is what a circuit denies.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
+
+from tl_nodeprune.checks import check_finite
 
 FEWEST = 20
 """Prompts that equivalence and independence need: they are passed by not being rejected, which with fewer says nothing."""
@@ -158,4 +160,6 @@ def _pairs(one: Tensor, other: Tensor, name: str) -> int:
 
 
 def _array(values: Tensor) -> NDArray[np.float64]:
+    """As doubles. Raises FloatingPointError for NaN or inf, of which no comparison is true."""
+    check_finite(values, "the scores")
     return values.detach().double().cpu().numpy()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import relu
@@ -17,9 +16,13 @@ LossFn = Callable[[Tensor, Tensor, PromptPairs], Tensor]
 
 def kl_divergence(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"],
                   prompts: PromptPairs | None = None) -> Float[Tensor, "batch"]:
-    """KL(full || circuit) in nats, summed over the vocabulary, at the answer positions."""
+    """KL(full || circuit) in nats, summed over the vocabulary, at the answer positions.
+
+    `0 * log 0 = 0`: a token with a logit of -inf in both, which never occurs, adds nothing.
+    """
     target, log_q = full.log_softmax(-1), logits.log_softmax(-1)
-    return (target.exp() * (target - log_q)).sum(-1)
+    p = target.exp()
+    return (p * (target - log_q).masked_fill(p == 0, 0)).sum(-1)
 
 
 def distance(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
@@ -40,10 +43,3 @@ def choice_hinge(logits: Tensor, full: Tensor, prompts: PromptPairs) -> Tensor:
     """
     wanted = prompts.logit_diff(full)
     return relu((wanted.abs() / 2).clamp(1, 2) - wanted.sign() * prompts.logit_diff(logits))
-
-
-def check_finite(logits: Tensor, where: str) -> None:
-    """Raises FloatingPointError that says whose logits hold a NaN or inf."""
-    if not torch.isfinite(logits).all():
-        raise FloatingPointError(f"NaN or inf in the logits of {where}; nothing was changed. In half precision try float32, "
-                                 "and check that the model runs on these prompts.")

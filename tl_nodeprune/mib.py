@@ -79,7 +79,7 @@ def evaluate(model: Any, scores: NodeScores | Effects | Mapping[str, Tensor], pr
 
     Raises: ValueError for scores that are not of this model's nodes or not finite, scores of a block beside those of what is in it, prompts
     that do not fit it, sizes, and a metric that is the same with every node ablated; TypeError for what is no mapping or no PromptPairs;
-    RuntimeError where a circuit is applied or the model is in training mode with dropout.
+    RuntimeError where a circuit is applied or the model is in training mode with dropout; FloatingPointError for NaN or inf logits.
     """
     check_sizes(sizes)
     check_counts(batch_size=batch_size)

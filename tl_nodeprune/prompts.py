@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_nodeprune.checks import FILL, check_answers, check_mask, check_positions, check_tokens
+from tl_nodeprune.checks import FILL, check_answers, check_finite, check_mask, check_positions, check_tokens
 from tl_nodeprune.hooks import answer_logits, find_attachment, inactive
 from tl_nodeprune.probe import device_of
 
@@ -190,7 +190,7 @@ class PromptPairs:
     def correct(self, model: Any, *, batch_size: int = 64) -> PromptPairs:
         """Those prompts that the full model answers right, whatever is attached to it now: answer logit > wrong logit.
 
-        Raises: ValueError where it answers none.
+        Raises: ValueError where it answers none; FloatingPointError for NaN or inf logits.
         """
         right = torch.cat([batch.logit_diff(_logits(model, batch)) > 0 for batch in self.batches(batch_size)])
         if not right.any():
@@ -201,8 +201,16 @@ class PromptPairs:
         """Answer logit - wrong logit at the answer positions; for several answers, log-sum-exp over each side.
 
         With p the model's probabilities this is `log(p(answers) / p(wrong answers))`.
+
+        Raises: FloatingPointError where it is NaN or inf, unless gradients are on; ValueError for logits of another shape.
         """
-        return _pooled(logits, self.answers) - _pooled(logits, self.wrong_answers)
+        if logits.ndim != 2 or len(logits) != len(self) or logits.shape[1] <= int(max(self.answers.max(), self.wrong_answers.max())):
+            raise ValueError(f"logits are {tuple(logits.shape)}; they must be [batch d_vocab], for these {len(self)} prompts and with all "
+                             "of their answers.")
+        difference = _pooled(logits, self.answers) - _pooled(logits, self.wrong_answers)
+        if not torch.is_grad_enabled():
+            check_finite(difference, "the logit difference")
+        return difference
 
     def check_fits(self, model: Any) -> None:
         """Raises ValueError where a token id is outside the model's vocabulary, or the prompts are longer than its context."""

@@ -126,3 +126,14 @@ def test_constant_scores_are_named() -> None:
 def test_not_made_is_nan_and_says_why() -> None:
     found = HypothesisTest.not_made("equivalence", "too few.")
     assert math.isnan(found.p_value) and found.passed is None and found.sentence == "Not tested: too few."
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_broken_score_is_an_error_not_a_loss(value: float) -> None:
+    broken = normal(30)
+    broken[4] = value
+    for call in (lambda: equivalence(broken, normal(30)), lambda: equivalence(normal(30), broken),
+                 lambda: independence(broken, normal(30)), lambda: minimality(broken, normal(200).abs()),
+                 lambda: minimality(normal(3), broken.repeat(10))):
+        with pytest.raises(FloatingPointError, match="NaN or inf in the scores"):
+            call()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from tl_nodeprune.checks import check_counts
+from tl_nodeprune.checks import check_counts, check_logits
 from tl_nodeprune.gates import HardConcrete
-from tl_nodeprune.losses import check_finite, kl_divergence
+from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.masks import NodeMasks
 from tl_nodeprune.nodes import GRANULARITIES
 from tl_nodeprune.prompts import PromptPairs
@@ -81,7 +81,7 @@ class PaperObjective:
                 stand_ins = reference.stand_ins(rows)
             with masks.sampling(generator), masks.standing_in(stand_ins):
                 logits = reference.logits(reference.prompts[rows])
-            check_finite(logits, f"the circuit at step {step}")
+            check_logits(logits, f"the circuit at step {step}")
             kl = kl_divergence(logits, reference.full[rows.to(reference.full.device)]).mean()
             loss = (1 - lam) * (kl + self._hinge(logits, reference.prompts[rows])) + lam * self.sparsity(masks)
             optimizer.zero_grad()
