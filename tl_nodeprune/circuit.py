@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation, as_ablation
 from tl_nodeprune.hooks import Attachment, HookFn, answer_logits, find_attachment, mask_hooks, remove_dead, temporary_hooks
-from tl_nodeprune.nodes import GateKey, Gates, NodeSpace, combine, count_parameters, settle
+from tl_nodeprune.nodes import HOOKS, GateKey, Gates, NodeSpace, combine, count_parameters, settle
 from tl_nodeprune.probe import check_ready, find_nodes
 from tl_nodeprune.prompts import PromptPairs
 
@@ -70,6 +70,21 @@ class Circuit(Mapping[str, Tensor]):
     def masks(self) -> dict[str, Tensor]:
         """A plain dictionary, hook name -> mask [the hook's shape without batch and pos], yours to change."""
         return {hook: mask.clone() for hook, mask in self._masks.items()}
+
+    def folded(self) -> dict[str, Tensor]:
+        """The masks without those of layers, which are folded into the masks of the blocks below: hook name -> mask.
+
+        With these `out = m * clean + (1 - m) * ablated` holds as it stands at every hook point; at hook_resid_post it would be of what the
+        block adds. Raises: ValueError where a layer that is pruned has no hook points of its attention and MLP to fold it into.
+        """
+        masks = {hook: mask for hook, mask in self.masks.items() if not hook.endswith(HOOKS["layer"])}
+        for layer in (key for key in self._live if key.granularity == "layer"):
+            below = {child.hook: self.space.width(child.hook) for name in ("attn", "mlp")
+                     if (child := GateKey(name, layer.layer)) in self.space.present}
+            if not below and not self._live[layer]:
+                raise ValueError(f"layer {layer.layer} is pruned, and this model has no {HOOKS['attn']} or {HOOKS['mlp']} there.")
+            masks |= {hook: masks.get(hook, torch.ones(width)) * self._live[layer] for hook, width in below.items()}
+        return masks
 
     def live(self, granularity: str, layer: int) -> Tensor:
         """Which nodes of one granularity in one layer are live: bool, shaped as the gate tensor. Raises KeyError where it has no gate."""
@@ -123,7 +138,7 @@ class Circuit(Mapping[str, Tensor]):
 
     def summary(self) -> pd.DataFrame:
         """Live nodes per layer (rows) and granularity (columns), then the sum, how many there are, and the share live."""
-        table = pd.DataFrame(0, index=[str(layer) for layer in self.space.layers], columns=list(self.space.granularities))
+        table = pd.DataFrame(0, index=[str(layer) for layer in self.space.layers], columns=list(self.space.granularities), dtype=object)
         for key, live in self._live.items():
             table.loc[str(key.layer), key.granularity] = int(live.sum())
         live_row, of = table.sum(), pd.Series(self.space.totals())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tl_nodeprune import tasks
@@ -37,10 +38,11 @@ def load(task: str = "ioi", *, n: int = 200, seed: int = 0, model_class: str = "
     if model_class not in ("TransformerBridge", "HookedTransformer"):
         raise ValueError(f"unknown model_class {model_class!r}; allowed: 'TransformerBridge', 'HookedTransformer'.")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER)
-    hf = GPT2LMHeadModel(CONFIG(vocab_size=len(tokenizer)))
-    hf.load_state_dict(safetensors.torch.load_file(FOLDER / "model.safetensors"), strict=False)
-    hf.tie_weights()
-    model = (_bridge if model_class == "TransformerBridge" else _hooked)(hf.eval(), tokenizer)
+    with torch.random.fork_rng(devices=[]):  # models are made with random weights first
+        hf = GPT2LMHeadModel(CONFIG(vocab_size=len(tokenizer)))
+        hf.load_state_dict(safetensors.torch.load_file(FOLDER / "model.safetensors"), strict=False)
+        hf.tie_weights()
+        model = (_bridge if model_class == "TransformerBridge" else _hooked)(hf.eval(), tokenizer)
     return model, tasks.make(task, model, n, seed)
 
 
