@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation, as_ablation
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.hooks import Attachment, HookFn, answer_logits, find_attachment, mask_hooks, remove_dead, temporary_hooks
 from tl_nodeprune.nodes import HOOKS, GateKey, Gates, NodeSpace, combine, count_parameters, settle
 from tl_nodeprune.probe import check_ready, find_nodes
@@ -36,11 +37,16 @@ class Circuit(Mapping[str, Tensor]):
     """
 
     def __init__(self, space: NodeSpace, gates: Gates, ablation: Ablation = Ablation()) -> None:  # noqa: B008 (frozen)
+        check_types(Circuit.__init__, locals())
         if set(gates) != set(space.shapes):
             raise ValueError(f"gates are given for {len(gates)} tensors, the nodes have {len(space.shapes)}.")
         for key, gate in gates.items():
+            if not isinstance(gate, Tensor):
+                raise TypeError(f"gates must be tensors; {key.granularity} of layer {key.layer} is {type(gate).__name__}.")
             if tuple(gate.shape) != space.shapes[key]:
-                raise ValueError(f"gate {key.granularity} of layer {key.layer} is {tuple(gate.shape)}, expected {space.shapes[key]}.")
+                raise ValueError(f"gates: {key.granularity} of layer {key.layer} is {tuple(gate.shape)}, expected {space.shapes[key]}.")
+            if not ((gate == 0) | (gate == 1)).all():
+                raise ValueError(f"gates of {key.granularity} of layer {key.layer} hold other values than 0 (pruned) and 1 (kept).")
         self.space, self.ablation = space, ablation.cpu()
         self._live = settle(space, {key: gate.detach().cpu().bool() for key, gate in gates.items()})
         self._masks = {hook: combine(space, hook, self._live).float().contiguous() for hook in space.hooks}
@@ -48,11 +54,13 @@ class Circuit(Mapping[str, Tensor]):
     @classmethod
     def full(cls, space: NodeSpace, ablation: Ablation = Ablation()) -> Circuit:  # noqa: B008
         """Every node kept."""
+        check_types(Circuit.full, locals())
         return cls(space, {key: torch.ones(shape) for key, shape in space.shapes.items()}, ablation)
 
     @classmethod
     def empty(cls, space: NodeSpace, ablation: Ablation = Ablation()) -> Circuit:  # noqa: B008
         """No node kept: the ablated run."""
+        check_types(Circuit.empty, locals())
         return cls(space, {key: torch.zeros(shape) for key, shape in space.shapes.items()}, ablation)
 
     def __getitem__(self, hook: str) -> Tensor:
@@ -88,9 +96,10 @@ class Circuit(Mapping[str, Tensor]):
 
     def live(self, granularity: str, layer: int) -> Tensor:
         """Which nodes of one granularity in one layer are live: bool, shaped as the gate tensor. Raises KeyError where it has no gate."""
+        check_types(Circuit.live, locals())
         key = GateKey(granularity, layer)
         if key not in self._live:
-            raise KeyError(f"{granularity!r} is not gated in layer {layer}; gated are {', '.join(self.space.granularities)} "
+            raise KeyError(f"granularity {granularity!r} is not gated in layer {layer}; gated are {', '.join(self.space.granularities)} "
                            f"in layers {self.space.layers}.")
         return self._live[key].clone()
 
@@ -99,8 +108,9 @@ class Circuit(Mapping[str, Tensor]):
 
         Raises: KeyError for a granularity that is not gated.
         """
+        check_types(Circuit.nodes, locals())
         if granularity not in self.space.granularities:
-            raise KeyError(f"{granularity!r} is not gated in this circuit; gated are {', '.join(self.space.granularities)}.")
+            raise KeyError(f"granularity {granularity!r} is not gated in this circuit; gated are {', '.join(self.space.granularities)}.")
         keys = [key for key in self._live if key.granularity == granularity]
         return [(key.layer, *map(int, row)) for key in sorted(keys, key=lambda k: k.layer) for row in self._live[key].nonzero()]
 
@@ -177,10 +187,12 @@ class Circuit(Mapping[str, Tensor]):
 
     def under(self, ablation: str | Ablation) -> Circuit:
         """The same nodes with another stand-in for the pruned ones; "mean" and "optimal" need an Ablation that is fitted."""
+        check_types(Circuit.under, locals())
         return Circuit(self.space, self._live, as_ablation(ablation))
 
     def iou(self, other: Circuit) -> float:
         """Intersection over union of the live leaf nodes, 0 to 1; 1 where both are empty."""
+        check_types(Circuit.iou, locals())
         self._check_same_nodes(other)
         pairs = [(self._live[key], other._live[key]) for key in self.space.free()]
         union = sum(int((a | b).sum()) for a, b in pairs)
@@ -194,6 +206,7 @@ class Circuit(Mapping[str, Tensor]):
 
     def check_fits(self, model: Any) -> None:
         """Raises ValueError where the model lacks nodes of this circuit or has them in another shape; warns where only its name differs."""
+        check_types(Circuit.check_fits, locals())
         self.space.check_fits(find_nodes(model), "this circuit was found on")
 
     def fwd_hooks(self, model: Any, prompts: PromptPairs) -> list[tuple[str, HookFn]]:
@@ -205,6 +218,7 @@ class Circuit(Mapping[str, Tensor]):
         Raises: RuntimeError where masks or a circuit are attached or the model is in training mode with dropout; ValueError where circuit
         or prompts do not fit the model, or constants of the ablation do not fit the prompts.
         """
+        check_types(Circuit.fwd_hooks, locals())
         self._check_use(model, prompts)
         return self.hooks_on(model, prompts)
 
@@ -221,6 +235,7 @@ class Circuit(Mapping[str, Tensor]):
 
         Raises: what `fwd_hooks` raises; inside, ValueError for a forward on other prompts, whose stand-ins these would not be.
         """
+        check_types(Circuit.applied, locals())
         attachment = Attachment(model, self.fwd_hooks(model, prompts), owner=self)
         try:
             with attachment.only_on(model, prompts.clean) if self.ablation.name == "interchange" else nullcontext():
@@ -242,6 +257,7 @@ class Circuit(Mapping[str, Tensor]):
 
         Raises: OSError where the file cannot be written, FileNotFoundError where its folder does not exist.
         """
+        check_types(Circuit.save, locals())
         tensors = {f"gate/{key.granularity}/{key.layer}": live.to(torch.uint8) for key, live in self._live.items()}
         tensors |= {f"constant/{hook}": value.contiguous() for hook, value in self.ablation.constants.items()}
         description = asdict(self.space) | {name: _to_json(getattr(self.space, name)) for name in ("shapes", "present")}
@@ -260,6 +276,7 @@ class Circuit(Mapping[str, Tensor]):
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
         """Read what `save` wrote. Raises FileNotFoundError; ValueError for a damaged file or one that is not a circuit."""
+        check_types(Circuit.load, locals())
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no file {str(path)!r}.")
         try:

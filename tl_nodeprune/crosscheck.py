@@ -14,14 +14,14 @@ from tqdm.auto import tqdm
 from transformer_lens import patching
 
 from tl_nodeprune.agreement import Agreement, GranularityAgreement, NodeScore, agreement
-from tl_nodeprune.checks import check_counts, check_finite
+from tl_nodeprune.checks import check_counts, check_finite, check_types
 from tl_nodeprune.effects import DIRECTIONS, Effects
 from tl_nodeprune.hooks import answer_logits, capture_nodes, mask_hooks, temporary_hooks
 from tl_nodeprune.losses import LossFn
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.probe import can_slice, check_ready, device_of, find_nodes
-from tl_nodeprune.prompts import PromptPairs, check_pairs
+from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.reference import positions
 
 __all__ = [
@@ -38,7 +38,7 @@ def logit_difference(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor,
 
 
 def activation_patching(
-    model: Any, prompts: PromptPairs, granularities: Iterable[str] | None = COARSE, *, direction: str = "denoise",
+    model: Any, prompts: PromptPairs, granularities: str | Iterable[str] | None = COARSE, *, direction: str = "denoise",
     metric: LossFn = logit_difference, batch_size: int = 256, progress: bool = True,
 ) -> Effects:
     """The effect of every node by exact patching: one node's activation, at all positions, from the other run of the pair.
@@ -60,6 +60,7 @@ def activation_patching(
     that is the same on clean and corrupted prompts or not [batch]; TypeError for prompts that are no PromptPairs; RuntimeError where
     a circuit is applied or the model is in training mode with dropout; FloatingPointError for NaN or inf.
     """
+    check_types(activation_patching, locals())
     with masks_off(model), torch.no_grad():
         task = _task(model, prompts, granularities, direction, metric, batch_size)
         heads = _heads_for_transformer_lens(model, task.space) if progress else []
@@ -78,7 +79,7 @@ def activation_patching(
 
 
 def attribution_patching(
-    model: Any, prompts: PromptPairs, granularities: Iterable[str] | None = None, *, direction: str = "denoise",
+    model: Any, prompts: PromptPairs, granularities: str | Iterable[str] | None = None, *, direction: str = "denoise",
     metric: LossFn = logit_difference, batch_size: int = 64,
 ) -> Effects:
     """The first-order form of `activation_patching`: one forward and one backward per batch for all nodes together (arXiv:2310.10348).
@@ -88,6 +89,7 @@ def attribution_patching(
 
     granularities: None: all that the model has. batch_size: prompts in one forward. All else, and errors, as in `activation_patching`.
     """
+    check_types(attribution_patching, locals())
     with masks_off(model):
         with torch.no_grad():
             task = _task(model, prompts, granularities, direction, metric, batch_size)
@@ -149,9 +151,9 @@ class _Task:
         return Effects(gates, self.space, self.direction, method, clean, corrupted, len(self.prompts))
 
 
-def _task(model: Any, prompts: PromptPairs, granularities: Iterable[str] | None, direction: str, metric: LossFn, batch_size: int) -> _Task:
+def _task(model: Any, prompts: PromptPairs, granularities: str | Iterable[str] | None, direction: str, metric: LossFn, batch_size: int
+          ) -> _Task:
     """Everything checked, and both runs measured."""
-    check_pairs(prompts)
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; allowed: 'denoise' (clean activations into the corrupted run) and 'noise' "
                          "(corrupted activations into the clean run).")

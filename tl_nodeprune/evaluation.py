@@ -9,12 +9,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_nodeprune.checks import check_counts, check_finite
-from tl_nodeprune.circuit import Circuit, check_circuit, circuit_logits, full_logits
+from tl_nodeprune.checks import check_counts, check_finite, check_types
+from tl_nodeprune.circuit import Circuit, circuit_logits, full_logits
 from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.probe import check_ready, rounding
-from tl_nodeprune.prompts import PromptPairs, check_pairs
+from tl_nodeprune.prompts import PromptPairs
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: 
     corrupted prompts are missing under interchange ablation; TypeError for what is no Circuit or PromptPairs; RuntimeError where a
     circuit is applied already or the model is in training mode with dropout; FloatingPointError for NaN or inf.
     """
-    check_circuit(circuit)
-    check_pairs(prompts)
+    check_types(evaluate, locals())
     check_counts(batch_size=batch_size)
     with masks_off(model):
         check_ready(model)

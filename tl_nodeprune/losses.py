@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import relu
 
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.prompts import PromptPairs
 
 LossFn = Callable[[Tensor, Tensor, PromptPairs], Tensor]
@@ -19,7 +20,10 @@ def kl_divergence(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "b
     """KL(full || circuit) in nats, summed over the vocabulary, at the answer positions.
 
     `0 * log 0 = 0`: a token with a logit of -inf in both, which never occurs, adds nothing.
+    Raises: ValueError for logits that are not of one shape.
     """
+    check_types(kl_divergence, locals())
+    _check_alike(logits, full)
     target, log_q = full.log_softmax(-1), logits.log_softmax(-1)
     p = target.exp()
     return (p * (target - log_q).masked_fill(p == 0, 0)).sum(-1)
@@ -27,11 +31,15 @@ def kl_divergence(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "b
 
 def distance(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
     """A loss for `rank` that leads to a low CMD: `(d_circuit - d_full)^2`, d the logit difference; logits squared."""
+    check_types(distance, locals())
+    _check_alike(logits, full)
     return (prompts.logit_diff(logits) - prompts.logit_diff(full)).pow(2)
 
 
 def shortfall(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
     """A loss for `rank` that leads to a high CPR: `d_full - d_circuit`, d the logit difference; logits."""
+    check_types(shortfall, locals())
+    _check_alike(logits, full)
     return prompts.logit_diff(full) - prompts.logit_diff(logits)
 
 
@@ -43,3 +51,9 @@ def choice_hinge(logits: Tensor, full: Tensor, prompts: PromptPairs) -> Tensor:
     """
     wanted = prompts.logit_diff(full)
     return relu((wanted.abs() / 2).clamp(1, 2) - wanted.sign() * prompts.logit_diff(logits))
+
+
+def _check_alike(logits: Tensor, full: Tensor) -> None:
+    if logits.shape != full.shape or not logits.numel() or not (logits.is_floating_point() and full.is_floating_point()):
+        raise ValueError(f"logits are {logits.dtype} {tuple(logits.shape)} and full {full.dtype} {tuple(full.shape)}; they must be floats "
+                         "of one shape [batch d_vocab].")

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.scores import NodeScores
@@ -42,6 +43,7 @@ def write(model: Any, scores: NodeScores, path: str | Path, *, level: str = "nod
     Raises: TypeError for what is no NodeScores; ValueError for another level or size, scores of another model, or of whole attention blocks
     or layers, which the board lacks; OSError where the file cannot be written.
     """
+    check_types(write, locals())
     if not isinstance(scores, NodeScores):
         raise TypeError(f"scores must be NodeScores, got {type(scores).__name__}; of effects they are NodeScores.from_effects(effects).")
     if level not in LEVELS:
@@ -74,6 +76,7 @@ def read(model: Any, path: str | Path) -> NodeScores:
 
     Raises: FileNotFoundError; ValueError for a file that is damaged, of another model, or lacks a node of this one.
     """
+    check_types(read, locals())
     space = find_nodes(model)
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -12,7 +12,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_nodeprune.checks import FILL, check_answers, check_finite, check_mask, check_positions, check_tokens
+from tl_nodeprune.checks import (
+    FILL,
+    check_answers,
+    check_counts,
+    check_finite,
+    check_mask,
+    check_positions,
+    check_seed,
+    check_tokens,
+    check_types,
+)
 from tl_nodeprune.hooks import answer_logits, find_attachment, inactive
 from tl_nodeprune.probe import device_of
 
@@ -52,7 +62,8 @@ class PromptPairs:
 
     @classmethod
     def from_strings(
-        cls, model: Any, clean: Sequence[str], corrupted: Sequence[str], answers: Sequence[Any], wrong_answers: Sequence[Any]
+        cls, model: Any, clean: Sequence[str], corrupted: Sequence[str], answers: Sequence[str | Sequence[str]],
+        wrong_answers: Sequence[str | Sequence[str]],
     ) -> PromptPairs:
         """Tokenise with the model's tokenizer; prompts of several lengths are padded on the right.
 
@@ -62,6 +73,7 @@ class PromptPairs:
         Raises: ValueError where a pair differs in token length, an answer is not one known token, a prompt is longer than the
             model's context, or the model has no tokenizer; TypeError where a text is no string.
         """
+        check_types(PromptPairs.from_strings, locals())
         lists = {"clean": clean, "corrupted": corrupted, "answers": answers, "wrong_answers": wrong_answers}
         if len({len(v) for v in lists.values()}) != 1 or not len(clean):
             raise ValueError(f"from_strings needs lists of one equal length above 0; got {({k: len(v) for k, v in lists.items()})}.")
@@ -91,6 +103,7 @@ class PromptPairs:
 
         Raises: ValueError with the line's number for what is no such object, and what `from_strings` raises; OSError for no file.
         """
+        check_types(PromptPairs.from_jsonl, locals())
         columns: dict[str, list[Any]] = {"clean": [], "corrupted": [], "answer": [], "wrong": []}
         try:
             lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -115,12 +128,16 @@ class PromptPairs:
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> PromptPairs:
         """Some of the prompts; a single index gives a batch of one."""
-        if isinstance(index, int):
+        if isinstance(index, int) and not isinstance(index, bool):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"prompt {index} does not exist; there are {len(self)}.")
             index = [index]
-        chosen = index if isinstance(index, slice) else torch.as_tensor(index).cpu()
-        rows = torch.arange(len(self))[chosen if isinstance(chosen, slice) or chosen.numel() else slice(0)].reshape(-1)
+        try:
+            chosen = index if isinstance(index, slice) else torch.as_tensor(index).cpu()
+            rows = torch.arange(len(self))[chosen if isinstance(chosen, slice) or chosen.numel() else slice(0)].reshape(-1)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            kind = IndexError if isinstance(error, IndexError) else TypeError
+            raise kind(f"index={index!r}; give a number, a slice, several numbers, or {len(self)} of True and False: {error}") from error
         if not len(rows):
             raise ValueError(f"no prompt left of {len(self)} by indexing with {index!r}; PromptPairs holds one or more.")
         taken, rows = object.__new__(PromptPairs), rows.to(self.clean.device)
@@ -129,13 +146,19 @@ class PromptPairs:
         return taken
 
     def batches(self, batch_size: int) -> Iterator[PromptPairs]:
-        """The prompts in order, at most `batch_size` at a time."""
+        """The prompts in order, at most `batch_size` at a time. Raises: ValueError for a batch_size below 1."""
+        check_types(PromptPairs.batches, locals())
+        check_counts(batch_size=batch_size)
         for start in range(0, len(self), batch_size):
             yield self[start:start + batch_size]
 
     def to(self, device: torch.device | str) -> PromptPairs:
-        """The same prompts on another device."""
-        return PromptPairs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        """The same prompts on another device. Raises: ValueError for one that cannot be used here."""
+        check_types(PromptPairs.to, locals())
+        try:
+            return PromptPairs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            raise ValueError(f"device={device!r} cannot be used here: {error}") from error
 
     def split(self, share: float, seed: int) -> tuple[PromptPairs, PromptPairs]:
         """Two disjoint sets at random, the first with `share` of the different clean prompts (at least one in each). Pairs with the same
@@ -143,6 +166,8 @@ class PromptPairs:
 
         Raises: ValueError for a share that is not between 0 and 1, or fewer than 2 different clean prompts.
         """
+        check_types(PromptPairs.split, locals())
+        check_seed(seed)
         which = self.distinct()
         n = int(which.max()) + 1
         if not 0 < share < 1 or n < 2:
@@ -183,6 +208,7 @@ class PromptPairs:
 
     def check_corrupted(self, ablation: str) -> None:
         """Raises ValueError where the ablation is "interchange" and there are no corrupted prompts."""
+        check_types(PromptPairs.check_corrupted, locals())
         if ablation == "interchange" and not self.has_corrupted:
             raise ValueError("corrupted prompts are missing: all are the same as the clean ones, so interchange ablation replaces nothing. "
                              "Give corrupted prompts, or take mean, zero or optimal ablation.")
@@ -192,6 +218,7 @@ class PromptPairs:
 
         Raises: ValueError where it answers none; FloatingPointError for NaN or inf logits.
         """
+        check_types(PromptPairs.correct, locals())
         right = torch.cat([batch.logit_diff(_logits(model, batch)) > 0 for batch in self.batches(batch_size)])
         if not right.any():
             raise ValueError(f"the model answers none of the {len(self)} prompts right; is the tokenizer, the task or the model another's?")
@@ -204,6 +231,7 @@ class PromptPairs:
 
         Raises: FloatingPointError where it is NaN or inf, unless gradients are on; ValueError for logits of another shape.
         """
+        check_types(PromptPairs.logit_diff, locals())
         if logits.ndim != 2 or len(logits) != len(self) or logits.shape[1] <= int(max(self.answers.max(), self.wrong_answers.max())):
             raise ValueError(f"logits are {tuple(logits.shape)}; they must be [batch d_vocab], for these {len(self)} prompts and with all "
                              "of their answers.")
@@ -212,16 +240,18 @@ class PromptPairs:
             check_finite(difference, "the logit difference")
         return difference
 
-    def check_fits(self, model: Any) -> None:
-        """Raises ValueError where a token id is outside the model's vocabulary, or the prompts are longer than its context."""
+    def check_fits(self, model: Any, name: str = "prompts") -> None:
+        """Raises ValueError where a token id is outside the model's vocabulary, or the prompts are longer than its context. name: what
+        they are called in it."""
+        check_types(PromptPairs.check_fits, locals())
         size = int(model.cfg.d_vocab)
-        for name in ("clean", "corrupted", "answers", "wrong_answers"):
-            top = int(getattr(self, name).max())
+        for field in ("clean", "corrupted", "answers", "wrong_answers"):
+            top = int(getattr(self, field).max())
             if top >= size:
-                raise ValueError(f"{name} holds token id {top}, but the model's vocabulary ends at {size - 1}; "
+                raise ValueError(f"{name}: {field} holds token id {top}, but the model's vocabulary ends at {size - 1}; "
                                  "were the prompts made with another tokenizer?")
         if self.clean.shape[1] > (n_ctx := int(getattr(model.cfg, "n_ctx", 0) or 1 << 30)):
-            raise ValueError(f"prompts have {self.clean.shape[1]} tokens, but the model's context is {n_ctx}.")
+            raise ValueError(f"{name} have {self.clean.shape[1]} tokens, but the model's context is {n_ctx}.")
 
 
 def check_pairs(given: object, name: str = "prompts") -> None:

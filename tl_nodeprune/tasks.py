@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tl_nodeprune.checks import check_counts, check_seed, check_types
 from tl_nodeprune.prompts import PromptPairs, is_unknown
+
+__all__ = ["gendered_pronoun", "greater_than", "ioi", "make"]
 
 FEMALE = ("Mary", "Anna", "Sarah", "Lisa", "Emma", "Alice", "Laura", "Julia", "Kate", "Jane", "Susan", "Amy")
 MALE = ("John", "Tom", "James", "Peter", "David", "Mark", "Paul", "Jack", "Mike", "Daniel", "Steve", "Adam")
@@ -110,16 +113,18 @@ def greater_than(model: Any, n: int, seed: int) -> PromptPairs:
 
 def make(task: str, model: Any, n: int, seed: int) -> PromptPairs:
     """`n` prompts of a task by its name: "ioi", "gendered_pronoun" or "greater_than"; the same seed gives the same prompts."""
+    check_types(make, locals())
     if task not in ROWS:
         raise ValueError(f"unknown task {task!r}; allowed: {', '.join(ROWS)}.")
-    if n < 1:
-        raise ValueError(f"n={n}; ask for one prompt or more.")
+    check_counts(n=n)
+    check_seed(seed)
     words, rng = usable(task, model), random.Random(seed)
     return PromptPairs.from_strings(model, *map(list, zip(*(ROWS[task](rng, words) for _ in range(n)), strict=True)))
 
 
 def usable(task: str, model: Any) -> Words:
     """The words that are one token for this model. Raises ValueError where too few are left for the task."""
+    check_types(usable, locals())
     if getattr(model, "tokenizer", None) is None:
         raise ValueError("the model has no tokenizer, and a task needs one; build PromptPairs from token ids instead.")
     female, male = ([name for name in names if is_one_token(model, f" {name}")] for names in (FEMALE, MALE))

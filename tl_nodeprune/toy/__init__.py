@@ -11,7 +11,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tl_nodeprune import tasks
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.prompts import PromptPairs
+
+__all__ = ["load"]
 
 FOLDER = Path(__file__).parent
 NAME = "tl_nodeprune-toy"
@@ -33,6 +36,7 @@ def load(task: str = "ioi", *, n: int = 200, seed: int = 0, model_class: str = "
 
     Raises: ValueError for another task or class; ImportError where TransformerLens has no HookedTransformer.
     """
+    check_types(load, locals())
     if task not in tasks.ROWS:
         raise ValueError(f"unknown task {task!r}; the embedded model knows {', '.join(tasks.ROWS)}.")
     if model_class not in ("TransformerBridge", "HookedTransformer"):

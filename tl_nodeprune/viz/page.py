@@ -18,7 +18,9 @@ from markupsafe import Markup
 from plotly.basedatatypes import BaseFigure
 from plotly.offline import get_plotlyjs
 
-Item: TypeAlias = "go.Figure | RenderedHTML | pd.DataFrame | str"
+from tl_nodeprune.checks import check_types
+
+Item: TypeAlias = go.Figure | RenderedHTML | pd.DataFrame | str
 CAPTION = '<p class="caption">{}</p>\n'
 
 
@@ -31,6 +33,7 @@ def save_html(path: str | Path, *figures: Item, title: str = "tl_nodeprune") -> 
     Returns the path. Raises: ValueError where nothing is given; TypeError for anything else; FileNotFoundError where the folder
     does not exist; OSError where the file cannot be written.
     """
+    check_types(save_html, {"path": path, "title": title})
     if not figures:
         raise ValueError("save_html has nothing to write; give one figure or more.")
     for number, item in enumerate(figures):

@@ -12,12 +12,12 @@ from circuitsvis.utils.render import RenderedHTML
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.checks import check_counts
+from tl_nodeprune.checks import check_counts, check_types
 from tl_nodeprune.circuit import Circuit, full_logits
 from tl_nodeprune.hooks import capture, mask_hooks, temporary_hooks
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.probe import check_ready
-from tl_nodeprune.prompts import PromptPairs, check_pairs
+from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.viz.page import CAPTION, parts_of
 from tl_nodeprune.viz.values import HasCircuit, circuit_of
 
@@ -30,9 +30,10 @@ def kept_neurons(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, promp
 
     prompt: which of the prompts. most: neurons shown at most, those of the largest absolute activation on either prompt, over all
     layers; the caption says what is left out.
-    Raises: ValueError where the circuit has no live MLP neuron, or the circuit or the prompt does not fit the model; IndexError
-    where there is no such prompt; TypeError for what is no circuit or no PromptPairs; RuntimeError where a circuit is applied.
+    Raises: ValueError where the circuit has no live MLP neuron, or the circuit or the prompt does not fit the model, or there is
+    no such prompt; TypeError for what is no circuit or no PromptPairs; RuntimeError where a circuit is applied.
     """
+    check_types(kept_neurons, locals())
     return _strongest_neurons(model, circuit, prompts, prompt, most, live=True)
 
 
@@ -41,6 +42,7 @@ def pruned_neurons(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, pro
 
     Raises: ValueError where the circuit gates no MLP neuron, or cuts none; and as `kept_neurons`.
     """
+    check_types(pruned_neurons, locals())
     return _strongest_neurons(model, circuit, prompts, prompt, most, live=False)
 
 
@@ -68,6 +70,7 @@ def kept_heads(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, prompt:
     most: heads shown at most, the largest gates first; the caption says how many there are.
     Raises: ValueError where the circuit keeps no head, or the model has no hook_pattern; and as `kept_neurons`.
     """
+    check_types(kept_heads, locals())
     circuit, one = _checked(model, circuit, prompts, prompt, most=most)
     gates = {(layer, int(head)): float(circuit[hook][head].mean()) for layer in circuit.space.layers
              if (hook := f"blocks.{layer}.attn.hook_z") in circuit for head in circuit[hook].any(1).nonzero()[:, 0]}
@@ -98,6 +101,7 @@ def token_effects(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, prom
 
     Raises: as `kept_neurons`, and where the ablation does not fit the prompt.
     """
+    check_types(token_effects, locals())
     circuit, one = _checked(model, circuit, prompts, prompt, batch_size=batch_size)
     both = (circuit, Circuit.full(circuit.space, circuit.ablation))
     values = [position_effects(model, which, one, batch_size=batch_size) for which in both]
@@ -139,8 +143,9 @@ def _run_without(model: Any, circuit: Circuit, batch: PromptPairs, positions: Se
 
 def _checked(model: Any, circuit: Any, prompts: PromptPairs, prompt: int, **counts: int) -> tuple[Circuit, PromptPairs]:
     circuit = circuit_of(circuit)
-    check_pairs(prompts)
     check_counts(**counts)
+    if not -len(prompts) <= prompt < len(prompts):
+        raise ValueError(f"prompt={prompt} does not exist; there are {len(prompts)}.")
     one = prompts[prompt]
     with masks_off(model):
         circuit.check_fits(model)
