@@ -19,8 +19,10 @@ _NUMBERS: dict[Any, type] = {int: Integral, float: Real}
 _WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", NoneType: "None", Tensor: "a tensor",
           Mapping: "a mapping", Callable: "a function"}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "strings"}
-_HELP = {"PromptPairs": "see PromptPairs.from_strings", "Circuit": "of a result it is `result.circuit`",
-         "NodeMasks": "model.add_node_masks() returns them", "NodeScores": "`rank` returns them", "PruneResult": "`prune` returns one",
+_EXAMPLES = {int: ", such as (0, 1, 2)", float: ", such as (0.05, 0.1)"}
+_HELP = {"PromptPairs": "see PromptPairs.from_strings", "NodeMasks": "model.add_node_masks() returns them",
+         "Circuit": "of a result it is `result.circuit`; Circuit.load(path) reads a saved one", "PruneResult": "`prune` returns one",
+         "NodeScores": "`rank` returns them, and of effects they are NodeScores.from_effects(effects)",
          "Executor": "for a Dask client give client.get_executor()"}
 
 
@@ -68,7 +70,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     if get_origin(hint) in (Union, UnionType):
         return tuple(dict.fromkeys(kind for part in get_args(hint) for kind in _kinds(part)))
     origin = get_origin(hint) or getattr(hint, "array_type", None) or hint
-    return (hint if origin is not hint and _items(hint) is not None else origin,)
+    return (hint if _items(hint) is not None or isinstance(origin, type) and issubclass(origin, Mapping) else origin,)
 
 
 def _items(hint: Any) -> Any:
@@ -90,7 +92,7 @@ def _is(value: Any, kind: Any) -> bool:
     if isinstance(value, bool | type):
         return kind is type(value)
     if (item := _items(kind)) is None:
-        return isinstance(value, _NUMBERS.get(kind, kind))
+        return isinstance(value, _NUMBERS.get(kind, get_origin(kind) or kind))
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping | Tensor) or getattr(value, "ndim", 1) != 1:
         return False
     if get_origin(kind) is not Iterable and not hasattr(value, "__getitem__"):  # a set or a generator is no sequence
@@ -100,20 +102,24 @@ def _is(value: Any, kind: Any) -> bool:
 
 def _told(name: str, value: Any, hint: Any) -> str:
     """The sentence for an argument of a wrong type: what it is, what it must be, and where to get that."""
-    kinds = [kind for kind in _kinds(hint) if not (kind is int and float in _kinds(hint))]
-    words = sorted(dict.fromkeys(map(_name, kinds)), key="None".__eq__)
+    kinds = [kind for kind in _kinds(hint) if kind is not NoneType and not (kind is int and float in _kinds(hint))]
+    words = list(dict.fromkeys(map(_name, kinds)))
     must = f"must be {' or '.join(filter(None, [', '.join(words[:-1]), words[-1]]))}"
     helped = [f"; {_HELP[kind.__name__]}" for kind in kinds if getattr(kind, "__name__", "") in _HELP][:1]
-    if value is None or isinstance(value, bool | Real | str):
+    items = [item for kind in kinds if (item := _items(kind))]
+    if isinstance(value, NoneType | bool | Real | str) and (items or any(kind in _WORDS for kind in kinds)):
         return f"{name}={value!r}; it {must}{''.join(helped)}."
-    items, several = [item for kind in kinds if (item := _items(kind))], isinstance(value, list | tuple | set)
+    several = isinstance(value, list | tuple | set)
     wrong = [one for one in value if not any(_fits(one, item) for item in items)] if several and items else []
     return f"{name} {must}, {f'but it holds {wrong[0]!r}' if wrong else f'got {_type(value)}'}{''.join(helped)}."
 
 
 def _name(kind: Any) -> str:
     if (item := _items(kind)) is not None:
-        return f"several {_PLURALS.get(item, 'values')}"
+        return f"several {' or '.join(_PLURALS.get(kind, 'lists of them') for kind in _kinds(item))}{_EXAMPLES.get(item, '')}"
+    if get_args(kind) == (str, Tensor):
+        return "a mapping from hook name to tensor"
+    kind = get_origin(kind) or kind
     name = str(getattr(kind, "__name__", kind))
     article = "" if name.endswith(("Pairs", "Masks", "Scores", "Effects")) else "an " if name[0] in "AEIOU" else "a "
     return _WORDS.get(kind, article + name)
@@ -145,11 +151,9 @@ def check_agreement(agreement: Any) -> None:
         raise ValueError(f"agreement={agreement}; it is a share of the prompts, 0 to 1.")
 
 
-def check_several(name: str, given: Any, kind: type, example: str) -> tuple[Any, ...]:
-    """What was given as a tuple. Raises ValueError where it is empty or doubled, TypeError where it is not several numbers of a kind."""
-    values = tuple(given) if isinstance(given, Iterable) else ()
-    if not isinstance(given, Iterable) or any(isinstance(value, bool) or not isinstance(value, kind) for value in values):
-        raise TypeError(f"{name}={given!r}; give several {'whole ' if kind is Integral else ''}numbers, such as {example}.")
+def check_several(name: str, given: Iterable[Any], example: str) -> tuple[Any, ...]:
+    """What was given as a tuple. Raises ValueError where it is empty or doubled."""
+    values = tuple(given)
     if not values:
         raise ValueError(f"{name} is empty; give one or more numbers, such as {example}.")
     twice = [value for value in values if values.count(value) > 1]

@@ -300,12 +300,6 @@ class Circuit(Mapping[str, Tensor]):
         return cls(space, gates, Ablation(header["ablation"], constants))
 
 
-def check_circuit(given: object, name: str = "circuit") -> None:
-    """Raises TypeError for what is no Circuit."""
-    if not isinstance(given, Circuit):
-        raise TypeError(f"{name} must be a Circuit, got {type(given).__name__}; of a result it is `result.circuit`.")
-
-
 def circuit_logits(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: int = 64) -> Tensor:
     """The circuit's logits at the answer positions: [batch d_vocab], float32."""
     logits = []

@@ -137,7 +137,8 @@ def minimality(effects: Float[Tensor, "unit"], reference: Float[Tensor, "draw"],
         raise ValueError(f"names has {len(names)} names, but effects are of {len(values)} units.")
     needed = math.ceil(math.log(alpha / len(values)) / math.log(quantile))
     if len(drawn) < needed:
-        raise ValueError(f"minimality of {len(values)} units at alpha={alpha:g} needs {needed} random units or more; got {len(drawn)} in reference.")
+        raise ValueError(f"minimality of {len(values)} units at alpha={alpha:g} needs {needed} random units or more; got {len(drawn)} in "
+                         "reference.")
     below = (drawn[None] < values[:, None]).sum(1)
     raw = [stats.binomtest(int(k), len(drawn), quantile, alternative="greater").pvalue for k in below]
     p_values = np.minimum(1, np.array(raw) * len(values))
@@ -162,7 +163,7 @@ def _sign_p(distance: float, n: int, tolerance: float) -> float:
 def _kernel(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     distances = pdist(values[:, None])
     if not distances.max() > 1e-6 * max(1.0, float(abs(values).max())):
-        raise ValueError(f"independence needs scores that differ between prompts; the {name}'s are {values[0]:.4g} on all of them.")
+        raise ValueError(f"independence needs scores that differ between prompts; those of {name} are {values[0]:.4g} on all of them.")
     width = float(np.median(distances)) or float(distances[distances > 0].mean())
     kernel: NDArray[np.float64] = np.exp(-(squareform(distances) ** 2) / (2 * width**2))
     return kernel
@@ -171,7 +172,7 @@ def _kernel(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
 def _pairs(one: Tensor, other: Tensor, name: str, sides: str) -> int:
     """How many prompts. Raises ValueError where these are too few, or unlike in number."""
     if one.ndim != 1 or one.shape != other.shape:
-        raise ValueError(f"{name} needs one score per prompt from both sides ({sides}); got {tuple(one.shape)} and {tuple(other.shape)}.")
+        raise ValueError(f"{name} needs one score per prompt from both; got {tuple(one.shape)} and {tuple(other.shape)} in {sides}.")
     if len(one) < FEWEST:
         raise ValueError(f"{name} needs {FEWEST} prompts or more; got {len(one)}.")
     return len(one)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ class PromptPairs:
     ) -> PromptPairs:
         """Tokenise with the model's tokenizer; prompts of several lengths are padded on the right.
 
-        answers, wrong_answers: a string each, or a list of strings where several are right; every one a single token
-            (mind the leading space: " Mary").
+        answers, wrong_answers: a string each, or a list of strings where several are right; every one a single token, what
+            `prompt + answer` has beyond the clean prompt (mind the leading space: " Mary").
 
         Raises: ValueError where a pair differs in token length, an answer is not one known token, a prompt is longer than the
             model's context, or the model has no tokenizer; TypeError where a text is no string.
@@ -91,7 +92,7 @@ class PromptPairs:
         pad = lambda ids: torch.cat([ids, ids.new_zeros(width - len(ids))])  # noqa: E731
         prompts = cls(
             clean=torch.stack([pad(a) for a, _ in rows]), corrupted=torch.stack([pad(b) for _, b in rows]),
-            answers=_answer_tokens(model, answers), wrong_answers=_answer_tokens(model, wrong_answers),
+            answers=_answer_tokens(model, clean, answers), wrong_answers=_answer_tokens(model, clean, wrong_answers),
             attention_mask=torch.arange(width)[None] < lengths[:, None],
         ).to(device_of(model))
         prompts.check_fits(model)
@@ -286,22 +287,40 @@ def _text(value: Any, name: str, *, several: bool) -> Any:
     return value
 
 
-def _answer_tokens(model: Any, answers: Sequence[Any]) -> Tensor:
+def _answer_tokens(model: Any, prompts: Sequence[str], answers: Sequence[str | Sequence[str]]) -> Tensor:
     rows = [[answer] if isinstance(answer, str) else list(answer) for answer in answers]
-    ids = [[_single_token(model, text) for text in row] for row in rows]
-    width = max(len(row) for row in ids)
-    table = torch.tensor([row + [FILL] * (width - len(row)) for row in ids])
+    pairs = [(prompt, text) for prompt, row in zip(prompts, rows, strict=True) for text in row]
+    ids, width = iter(_single_tokens(model, pairs)), max(map(len, rows))
+    table = torch.tensor([[next(ids) for _ in row] + [FILL] * (width - len(row)) for row in rows])
     return table[:, 0] if width == 1 else table
 
 
-def _single_token(model: Any, text: str) -> int:
-    ids = model.to_tokens(text, prepend_bos=False)[0].tolist()
-    if len(ids) != 1:
-        raise ValueError(f"the answer {text!r} is {len(ids)} tokens ({ids}); an answer is one token. "
-                         "Is a leading space missing, or one too many? Otherwise choose other words.")
-    if is_unknown(model, int(ids[0]), text):
-        raise ValueError(f"the answer {text!r} is not in the model's vocabulary; choose other words.")
-    return int(ids[0])
+def _single_tokens(model: Any, pairs: Sequence[tuple[str, str]]) -> list[int]:
+    """The token of each answer after its prompt. Raises ValueError where it is not one known token."""
+    tokens = []
+    for (_, text), ids in zip(pairs, continuations(model, pairs), strict=True):
+        if len(ids) != 1:
+            raise ValueError(f"the answer {text!r} is {len(ids)} tokens ({ids}); an answer is one token. "
+                             "Is a leading space missing, or one too many? Otherwise choose other words.")
+        if is_unknown(model, ids[0], text):
+            raise ValueError(f"the answer {text!r} is not in the model's vocabulary; choose other words.")
+        tokens.append(ids[0])
+    return tokens
+
+
+def continuations(model: Any, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """The tokens of each text after its prompt: those that `prompt + text` has beyond the prompt's; where the two together are read in
+    another way, those of the text alone. So a tokenizer that puts a space before every text (Llama 2) gives one token for " Mary" too.
+    """
+    encode = partial(model.tokenizer, add_special_tokens=False)
+    texts = list(dict.fromkeys(part for prompt, text in pairs for part in (prompt, prompt + text, text)))
+    ids = dict(zip(texts, map(list, encode(texts)["input_ids"]), strict=True))
+    found = []
+    for prompt, text in pairs:
+        before, whole = ids[prompt], ids[prompt + text]
+        beyond = whole[len(before):] if whole[:len(before)] == before else []
+        found.append(beyond if beyond and (len(beyond) == 1 or len(ids[text]) != 1) else ids[text])
+    return found
 
 
 def is_unknown(model: Any, token: int, text: str) -> bool:

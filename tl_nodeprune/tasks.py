@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tl_nodeprune.checks import check_counts, check_seed, check_types
-from tl_nodeprune.prompts import PromptPairs, is_unknown
+from tl_nodeprune.prompts import PromptPairs, continuations, is_unknown
 
 __all__ = ["gendered_pronoun", "greater_than", "ioi", "make"]
 
@@ -35,6 +35,9 @@ PRONOUN_TEMPLATES = (
 )
 YEARS_TEMPLATE = "The {event} lasted from the year {century}{start} to the year {century}"
 CENTURIES = ("11", "12", "13", "14", "15", "16", "17", "18")
+
+BEFORE = "from the year"
+"""What the words of a task are read after, to see whether they are one token."""
 
 Row = tuple[str, str, Any, Any]
 
@@ -143,12 +146,12 @@ def usable(task: str, model: Any) -> Words:
 
 def _splits_alike(model: Any, year: int) -> bool:
     """Whether a year of every century is two tokens, the second of them its last two digits."""
-    (end,) = model.to_tokens(f"{year:02d}", prepend_bos=False)[0].tolist()
-    ids = [model.to_tokens(f" {century}{year:02d}", prepend_bos=False)[0].tolist() for century in CENTURIES]
-    return all(len(each) == 2 and each[1] == end for each in ids)
+    after = [(f"{BEFORE} {century}", f"{year:02d}") for century in CENTURIES]
+    ends, whole = continuations(model, after), continuations(model, [(BEFORE, f" {century}{year:02d}") for century in CENTURIES])
+    return all(len(each) == 2 and each[1:] == end for each, end in zip(whole, ends, strict=True))
 
 
 def is_one_token(model: Any, text: str) -> bool:
-    """Whether a string is a single known token for a model."""
-    ids = model.to_tokens(text, prepend_bos=False)[0].tolist()
+    """Whether a string is a single known token for a model, inside a sentence."""
+    (ids,) = continuations(model, [(BEFORE, text)])
     return len(ids) == 1 and not is_unknown(model, ids[0], text)

@@ -7,6 +7,7 @@ A new public function fails here until it has a valid call in `CALLS`; a new num
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import random
 import re
@@ -50,8 +51,8 @@ def public() -> dict[str, Callable[..., Any]]:
         found |= {key: value for key, value in inside.items() if callable(value)}
     for key, kind in list(found.items()):
         if kind in CLASSES:
-            found |= {f"{key}.{name}": getattr(kind, name) for name in vars(kind) if not name.startswith("_") and callable(getattr(kind, name))
-                      and not isinstance(vars(kind)[name], property)}
+            found |= {f"{key}.{name}": getattr(kind, name) for name in vars(kind)
+                      if not name.startswith("_") and callable(getattr(kind, name))}
     return {key: function for key, function in found.items() if key not in NOT_CALLED_BY_USERS and arguments_of(function)}
 
 
@@ -99,7 +100,8 @@ def world(toy: Any, other_model: Any, tmp_path_factory: pytest.TempPathFactory) 
     report = tlnp.report(model, circuit, some, n_random=2, n_subsets=2, max_units=2, progress=False)
     circuit.save(folder / "circuit.safetensors")
     tlnp.mib.write(model, result.scores, folder / "scores.json")  # type: ignore[arg-type]
-    (folder / "prompts.jsonl").write_text('{"clean": "When Mary and John", "corrupted": "When Anna and Tom", "answer": " Mary", "wrong": " John"}')
+    row = {"clean": "When Mary and John", "corrupted": "When Anna and Tom", "answer": " Mary", "wrong": " John"}
+    (folder / "prompts.jsonl").write_text(json.dumps(row))
     sweep = tlnp.Sweep((SweepRun(0.05, 0, result, report.evaluation),))
     yield World(model, some, masks, result, circuit, result.scores, effects, sweep, report,  # type: ignore[arg-type]
                 tlnp.crosscheck.agreement(circuit, effects), other_model, folder)
@@ -224,14 +226,15 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "viz.compare": lambda w: (tlnp.viz.compare, {"circuit_a": w.circuit, "circuit_b": ~w.circuit}),
     "viz.frontier": lambda w: (lambda **kwargs: tlnp.viz.frontier(w.result, **kwargs), {"names": ["a"]}),
     "viz.history": lambda w: (tlnp.viz.history, {"result": w.result}),
-    "viz.kept_heads": lambda w: (tlnp.viz.kept_heads, {"model": w.model, "circuit": tlnp.Circuit.full(w.circuit.space), "prompts": w.prompts}),
+    "viz.kept_heads": lambda w: (tlnp.viz.kept_heads, neurons(w, tlnp.Circuit.full, "head")),
     "viz.kept_neurons": lambda w: (tlnp.viz.kept_neurons, neurons(w, tlnp.Circuit.full)),
     "viz.pruned_neurons": lambda w: (tlnp.viz.pruned_neurons, neurons(w, tlnp.Circuit.empty)),
     "viz.mask_map": lambda w: (tlnp.viz.mask_map, {"circuit": w.circuit, "scores": w.scores, "effects": w.effects}),
     "viz.neuron_map": lambda w: (tlnp.viz.neuron_map, {"circuit": neurons(w, tlnp.Circuit.full)["circuit"]}),
     "viz.node_table": lambda w: (tlnp.viz.node_table, {"circuit": w.circuit}),
     "viz.overview": lambda w: (tlnp.viz.overview, {"model": w.model, "circuit": w.circuit, "prompts": w.prompts}),
-    "viz.save_html": lambda w: (lambda **kwargs: tlnp.viz.save_html(kwargs.pop("path"), "text", **kwargs), {"path": w.folder / "page.html"}),
+    "viz.save_html": lambda w: (lambda **kwargs: tlnp.viz.save_html(kwargs.pop("path"), "text", **kwargs),
+                                {"path": w.folder / "page.html"}),
     "viz.token_effects": lambda w: (tlnp.viz.token_effects, {"model": w.model, "circuit": w.circuit, "prompts": w.prompts}),
 }
 
@@ -239,8 +242,8 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
 FUNCTIONS = public()
 
 
-def neurons(world: World, make: Any) -> dict[str, Any]:
-    return {"model": world.model, "circuit": make(find_nodes(world.model).restrict(["mlp_neuron"])), "prompts": world.prompts}
+def neurons(world: World, make: Any, granularity: str = "mlp_neuron") -> dict[str, Any]:
+    return {"model": world.model, "circuit": make(find_nodes(world.model).restrict(granularity)), "prompts": world.prompts}
 
 
 def whole(least: float) -> Callable[[Any], bool]:
@@ -265,22 +268,27 @@ NUMBERS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("exact_tests", "cache_bytes", "ties"), at_least_0),
     **dict.fromkeys(("alpha", "quantile"), share), **dict.fromkeys(("max_kl", "time_limit", "beta", "width", "max_loss"), positive),
     **dict.fromkeys(("lr", "lr_end", "warmup", "weight_decay", "max_grad_norm"), at_least_0),
-    "seed": lambda v: 0 <= v < 1 << 63, "agreement": lambda v: 0 <= v <= 1, "lam": lambda v: 0 <= v <= 1, "tolerance": lambda v: 0 <= v <= 0.4,
-    "hinge": math.isfinite, "share": share, "prompt": lambda v: -8 <= v < 8, "layer": lambda v: 0 <= v < 3, "layers": lambda v: -3 <= v < 3,
+    "seed": lambda v: 0 <= v < 1 << 63, "agreement": lambda v: 0 <= v <= 1, "lam": lambda v: 0 <= v <= 1,
+    "tolerance": lambda v: 0 <= v <= 0.4, "hinge": math.isfinite, "share": share, "prompt": lambda v: -8 <= v < 8,
+    "layer": lambda v: 0 <= v < 3, "layers": lambda v: -3 <= v < 3,
     "max_nodes": lambda v: v in (1, 2, 3), "size": lambda v: v in (0, 1, 2, 3, 1.0, 0.0), "gamma": lambda v: -math.inf < v < 0,
     "zeta": lambda v: v == 1.1, "open_score": lambda v: 2.5 <= v < math.inf, "closed_score": lambda v: -math.inf < v <= -3,
 }
 ANY_TEXT = ("task", "title", "path", "device", "checkpoint")
 # words that are right, where not any text is
-WORDS = {"granularity": ("head", "mlp_neuron"), "granularities": HEADS, "ablation": ("interchange", "mean", "zero", "optimal"), "name": (), "hook": (),
-         "direction": ("denoise", "noise"), "units": ("block", "node"), "level": ("node", "neuron"), "task": ("ioi", "gendered_pronoun", "greater_than"),
+WORDS = {"granularity": ("head", "mlp_neuron"), "granularities": HEADS, "ablation": ("interchange", "mean", "zero", "optimal"),
+         "name": (), "hook": (),
+         "direction": ("denoise", "noise"), "units": ("block", "node"), "level": ("node", "neuron"),
+         "task": ("ioi", "gendered_pronoun", "greater_than"),
          "model_class": ("TransformerBridge", "HookedTransformer")}
 # values that are right although the table says otherwise: function and argument, and which
 RIGHT: dict[tuple[str, str], tuple[str, ...]] = {
     ("Ablation", "constants"): ("{}",), ("PaperObjective", "weights"): ("{}",), ("NodeMasks.standing_in", "values"): ("{}",),
     ("hypotheses.minimality", "effects"): ("integers [2]",), ("StepGate", "open_score"): ("2.5", "1", "10**30"),
-    ("StepGate", "closed_score"): ("-1", "0", "-0.5"), ("add_node_masks", "layers"): ("[1, 1]", "[-1]"), ("estimate", "layers"): ("[1, 1]", "[-1]"),
-    ("sweep", "max_kl"): ("[1.5, 0.5]", "[99]", "numpy [2]"), ("sweep", "seeds"): ("[99]",), ("PromptPairs.check_fits", "name"): ("'x'", "''"),
+    ("StepGate", "closed_score"): ("-1", "0", "-0.5"), ("add_node_masks", "layers"): ("[1, 1]", "[-1]"),
+    ("estimate", "layers"): ("[1, 1]", "[-1]"),
+    ("sweep", "max_kl"): ("[1.5, 0.5]", "[99]", "numpy [2]"), ("sweep", "seeds"): ("[99]",),
+    ("PromptPairs.check_fits", "name"): ("'x'", "''"),
  ("Sweep.consensus", "share"): ("1",), ("crosscheck.agreement", "share"): ("1",),
     ("mib.area", "sizes"): ("[1.5, 0.5]", "numpy [2]", "[1, 1]"), ("mib.area", "values"): ("[1.5, 0.5]", "numpy [2]", "[1, 1]"),
     ("viz.compare", "names"): ("['x', 'y']",),
@@ -292,15 +300,18 @@ def values(world: World) -> dict[str, Any]:
     """Values of all kinds; which of them are right depends on the argument."""
     big = {name: getattr(world.prompts, name) for name in world.prompts.__dataclass_fields__}
     return {
-        "None": None, "True": True, "False": False, "'x'": "x", "''": "", "0": 0, "1": 1, "-1": -1, "2.5": 2.5, "-0.5": -0.5, "10**30": 10**30,
+        "None": None, "True": True, "False": False, "'x'": "x", "''": "", "0": 0, "1": 1, "-1": -1, "2.5": 2.5, "-0.5": -0.5,
+        "10**30": 10**30,
         "nan": math.nan, "inf": math.inf, "-inf": -math.inf, "1j": 1j, "[]": [], "['x', 'y']": ["x", "y"], "[1.5, 0.5]": [1.5, 0.5],
         "[1, 1]": [1, 1], "[True]": [True], "[None]": [None], "[nan, 1.0]": [math.nan, 1.0], "[-1]": [-1], "[99]": [99], "()": (), "{}": {},
         "{'x': 1}": {"x": 1}, "{'head': nan}": {"head": math.nan}, "an object": object(), "a class": int, "a function": lambda *args: None,
         "a gate's class": tlnp.HardConcrete, "bytes": b"x", "a set": {1.5}, "a generator": torch.Generator(), "a path": Path("nowhere/x"),
         "number [] ": torch.tensor(1.0), "zeros [2 3 5]": torch.zeros(2, 3, 5), "NaN [8 4]": torch.full((8, 4), math.nan),
         "NaN [30]": torch.full((30,), math.nan), "empty [0]": torch.zeros(0), "integers [2]": torch.zeros(2, dtype=torch.long),
-        "-7 [8 3]": torch.full((8, 3), -7), "complex [8 3]": torch.zeros(8, 3, dtype=torch.complex64), "meta [8 3]": torch.zeros(8, 3, device="meta"),
-        "numpy [2]": np.array([0.5, 1.5]), "numpy 'x'": np.array("x"), "a frame": pd.DataFrame({"size": ["x"]}), "a module": nn.Linear(2, 2),
+        "-7 [8 3]": torch.full((8, 3), -7), "complex [8 3]": torch.zeros(8, 3, dtype=torch.complex64),
+        "meta [8 3]": torch.zeros(8, 3, device="meta"),
+        "numpy [2]": np.array([0.5, 1.5]), "numpy 'x'": np.array("x"), "a frame": pd.DataFrame({"size": ["x"]}),
+        "a module": nn.Linear(2, 2),
         "tokens unknown": tlnp.PromptPairs(**big | {"clean": world.prompts.clean + 10**6}),
         "prompts too long": tlnp.PromptPairs(**{k: big[k] for k in ("answers", "wrong_answers")}, clean=torch.ones(8, 99, dtype=torch.long),
                                              corrupted=torch.zeros(8, 99, dtype=torch.long)),

@@ -120,7 +120,7 @@ def test_unknown_keys(circuit: tlnp.Circuit, toy: Toy) -> None:
     with pytest.raises(ValueError, match="gates are given for 0 tensors"):
         tlnp.Circuit(circuit.space, {})
     space = circuit.space.restrict(("head",), [0])
-    with pytest.raises(ValueError, match=r"gate head of layer 0 is \(2,\), expected \(4,\)"):
+    with pytest.raises(ValueError, match=r"gates: head of layer 0 is \(2,\), expected \(4,\)"):
         tlnp.Circuit(space, {GateKey("head", 0): torch.ones(2)})
 
 

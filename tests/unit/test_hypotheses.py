@@ -117,9 +117,9 @@ def test_a_tolerance_that_allows_anything_is_refused() -> None:
 
 
 def test_constant_scores_are_named() -> None:
-    with pytest.raises(ValueError, match="scores that differ between prompts; the full model's are 2 on all"):
+    with pytest.raises(ValueError, match="scores that differ between prompts; those of full are 2 on all"):
         independence(normal(20), torch.full((20,), 2.0))
-    with pytest.raises(ValueError, match="the complement's are 0 on all"):
+    with pytest.raises(ValueError, match="those of complement are 0 on all"):
         independence(torch.zeros(20), normal(20))
 
 

@@ -82,7 +82,7 @@ def test_from_strings_refuses(toy: Toy) -> None:
         make(clean, corrupted, [" dragon"], [" he"])
     with pytest.raises(ValueError, match="prompts have 41 tokens, but the model's context is 32"):
         make(["Mary " * 40], ["John " * 40], [" she"], [" he"])  # not cut off in silence
-    with pytest.raises(TypeError, match="wrong_answers must be a string or a list of strings, got 7"):
+    with pytest.raises(TypeError, match="wrong_answers must be several strings or lists of them, but it holds 7"):
         make(clean, corrupted, [" she"], [7])
     with pytest.raises(ValueError, match="'clean': 0"):
         make([], [], [], [])

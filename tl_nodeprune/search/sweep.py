@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import pandas as pd
@@ -180,16 +179,16 @@ def _works(prompts: PromptPairs, budgets: tuple[float, ...], seeds: tuple[int, .
     return [_Work(seed, budgets, prompts, share, names, ablation, agreement, search) for seed in seeds]
 
 
-def _budgets(given: Any) -> tuple[float, ...]:
-    values = check_several("max_kl", given, Real, "(0.05, 0.1)")
+def _budgets(given: Sequence[float]) -> tuple[float, ...]:
+    values = check_several("max_kl", given, "(0.05, 0.1)")
     for value in values:
         if not 0 < value < float("inf"):
             raise ValueError(f"max_kl={values} holds {value}; each must be a finite number above 0 (nats).")
     return tuple(sorted(float(value) for value in values))
 
 
-def _seeds(given: Any) -> tuple[int, ...]:
-    values = check_several("seeds", given, Integral, "(0, 1, 2)")
+def _seeds(given: Sequence[int]) -> tuple[int, ...]:
+    values = check_several("seeds", given, "(0, 1, 2)")
     for value in values:
         check_seed(value)
     return tuple(int(value) for value in values)

@@ -145,7 +145,7 @@ def _checked(model: Any, circuit: Any, prompts: PromptPairs, prompt: int, **coun
     circuit = circuit_of(circuit)
     check_counts(**counts)
     if not -len(prompts) <= prompt < len(prompts):
-        raise ValueError(f"prompt={prompt} does not exist; there are {len(prompts)}.")
+        raise ValueError(f"prompt {prompt} does not exist; there are {len(prompts)}.")
     one = prompts[prompt]
     with masks_off(model):
         circuit.check_fits(model)
