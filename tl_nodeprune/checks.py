@@ -207,6 +207,9 @@ def check_mask(clean: Tensor, attention_mask: Tensor | None) -> Tensor:
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != clean.shape:
         given = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else _kind(attention_mask)
         raise ValueError(f"attention_mask is {given}, but clean and corrupted are {tuple(clean.shape)}.")
+    if not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise ValueError("attention_mask holds other values than 0 (padding) and 1 (a real token); an additive mask (0 and -inf) is "
+                         "`additive == 0` here.")
     mask = attention_mask.to(clean.device).bool()
     runs = (mask.long().diff(dim=1) == 1).sum(1) + mask[:, 0].long()
     if (runs != 1).any():
