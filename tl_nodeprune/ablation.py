@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.hooks import capture_nodes
 from tl_nodeprune.prompts import PromptPairs
 
@@ -30,6 +31,10 @@ class Ablation:
     constants: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_types(Ablation, vars(self))
+        for hook, value in self.constants.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"constants[{hook!r}] must be a tensor, got {type(value).__name__}.")
         if self.name not in ABLATIONS:
             raise ValueError(f"unknown ablation {self.name!r}; allowed: {', '.join(ABLATIONS)}.")
 
@@ -51,7 +56,12 @@ class Ablation:
         """With constants from the clean prompts, float32: for "optimal" the mean over positions too, to start learning from.
 
         Of the model as it runs: masks that are attached are to be off (`masks.inactive()`).
+        Raises: ValueError where the prompts do not fit the model, or it has no such hook point.
         """
+        check_types(Ablation.fit, locals())
+        prompts.check_fits(model)
+        if not len(hooks):
+            raise ValueError("hooks is empty; give the names of one hook point or more, such as `circuit.space.hooks`.")
         if self.fitted:
             return self
         sums, count = _position_sums(model, prompts, hooks, batch_size)

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
-from tl_nodeprune.circuit import Circuit, check_circuit
+from tl_nodeprune.checks import check_types
+from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.effects import Effects
 from tl_nodeprune.nodes import GateKey, node_name, spread
 
@@ -71,10 +72,11 @@ class Agreement:
 
     def of(self, granularity: str) -> GranularityAgreement:
         """Raises: KeyError for a granularity that was not compared."""
+        check_types(Agreement.of, locals())
         for row in self.rows:
             if row.granularity == granularity:
                 return row
-        raise KeyError(f"{granularity!r} was not compared; compared were {', '.join(row.granularity for row in self.rows)}.")
+        raise KeyError(f"granularity {granularity!r} was not compared; compared were {', '.join(row.granularity for row in self.rows)}.")
 
     def to_frame(self) -> pd.DataFrame:
         """A row per granularity; of the nodes in disagreement, how many."""
@@ -103,9 +105,7 @@ def agreement(circuit: Circuit, scores: Effects | Mapping[str, Tensor], *, share
     Raises: TypeError for what is no circuit or no mapping; ValueError where nothing is in common, the shapes or layers are another
     model's, a score is NaN or inf, or share is not 0 to 1.
     """
-    check_circuit(circuit)
-    if not isinstance(scores, Mapping):
-        raise TypeError(f"scores must be Effects or a mapping from hook name to tensor, got {type(scores).__name__}.")
+    check_types(agreement, locals())
     if not 0 < share <= 1:
         raise ValueError(f"share={share}; it must be above 0 and at most 1 (1: only the largest score is an effect).")
     tables = _of_effects(circuit, scores) if isinstance(scores, Effects) else _of_mapping(circuit, scores)
@@ -146,6 +146,8 @@ def _of_mapping(circuit: Circuit, scores: Mapping[str, Tensor]) -> Tables:
 
 def _at_gate(circuit: Circuit, key: GateKey, scores: Tensor) -> Tensor:
     """Scores at a hook's shape as one per node."""
+    if not isinstance(scores, Tensor):
+        raise TypeError(f"scores[{key.hook!r}] must be a tensor, got {type(scores).__name__}.")
     given, shape, width = scores.detach(), circuit.space.shapes[key], circuit.space.width(key.hook)
     if tuple(given.shape) == shape:
         return given

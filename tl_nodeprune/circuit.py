@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tl_nodeprune import circuit_files, files
 from tl_nodeprune.ablation import Ablation, as_ablation
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.hooks import Attachment, HookFn, answer_logits, find_attachment, mask_hooks, remove_dead, temporary_hooks
-from tl_nodeprune.nodes import GateKey, Gates, NodeSpace, combine, count_parameters, settle
+from tl_nodeprune.nodes import HOOKS, GateKey, Gates, NodeSpace, combine, count_parameters, settle
 from tl_nodeprune.probe import check_ready, find_nodes
 from tl_nodeprune.prompts import PromptPairs
 
@@ -30,11 +31,16 @@ class Circuit(Mapping[str, Tensor]):
     """
 
     def __init__(self, space: NodeSpace, gates: Gates, ablation: Ablation = Ablation()) -> None:  # noqa: B008 (frozen)
+        check_types(Circuit.__init__, locals())
         if set(gates) != set(space.shapes):
             raise ValueError(f"gates are given for {len(gates)} tensors, the nodes have {len(space.shapes)}.")
         for key, gate in gates.items():
+            if not isinstance(gate, Tensor):
+                raise TypeError(f"gates must be tensors; {key.granularity} of layer {key.layer} is {type(gate).__name__}.")
             if tuple(gate.shape) != space.shapes[key]:
-                raise ValueError(f"gate {key.granularity} of layer {key.layer} is {tuple(gate.shape)}, expected {space.shapes[key]}.")
+                raise ValueError(f"gates: {key.granularity} of layer {key.layer} is {tuple(gate.shape)}, expected {space.shapes[key]}.")
+            if not ((gate == 0) | (gate == 1)).all():
+                raise ValueError(f"gates of {key.granularity} of layer {key.layer} hold other values than 0 (pruned) and 1 (kept).")
         self.space, self.ablation = space, ablation.cpu()
         self._live = settle(space, {key: gate.detach().cpu().bool() for key, gate in gates.items()})
         self._masks = {hook: combine(space, hook, self._live).float().contiguous() for hook in space.hooks}
@@ -42,11 +48,13 @@ class Circuit(Mapping[str, Tensor]):
     @classmethod
     def full(cls, space: NodeSpace, ablation: Ablation = Ablation()) -> Circuit:  # noqa: B008
         """Every node kept."""
+        check_types(Circuit.full, locals())
         return cls(space, {key: torch.ones(shape) for key, shape in space.shapes.items()}, ablation)
 
     @classmethod
     def empty(cls, space: NodeSpace, ablation: Ablation = Ablation()) -> Circuit:  # noqa: B008
         """No node kept: the ablated run."""
+        check_types(Circuit.empty, locals())
         return cls(space, {key: torch.zeros(shape) for key, shape in space.shapes.items()}, ablation)
 
     def __getitem__(self, hook: str) -> Tensor:
@@ -65,11 +73,27 @@ class Circuit(Mapping[str, Tensor]):
         """A plain dictionary, hook name -> mask [the hook's shape without batch and pos], yours to change."""
         return {hook: mask.clone() for hook, mask in self._masks.items()}
 
+    def folded(self) -> dict[str, Tensor]:
+        """The masks without those of layers, which are folded into the masks of the blocks below: hook name -> mask.
+
+        With these `out = m * clean + (1 - m) * ablated` holds as it stands at every hook point; at hook_resid_post it would be of what the
+        block adds. Raises: ValueError where a layer that is pruned has no hook points of its attention and MLP to fold it into.
+        """
+        masks = {hook: mask for hook, mask in self.masks.items() if not hook.endswith(HOOKS["layer"])}
+        for layer in (key for key in self._live if key.granularity == "layer"):
+            below = {child.hook: self.space.width(child.hook) for name in ("attn", "mlp")
+                     if (child := GateKey(name, layer.layer)) in self.space.present}
+            if not below and not self._live[layer]:
+                raise ValueError(f"layer {layer.layer} is pruned, and this model has no {HOOKS['attn']} or {HOOKS['mlp']} there.")
+            masks |= {hook: masks.get(hook, torch.ones(width)) * self._live[layer] for hook, width in below.items()}
+        return masks
+
     def live(self, granularity: str, layer: int) -> Tensor:
         """Which nodes of one granularity in one layer are live: bool, shaped as the gate tensor. Raises KeyError where it has no gate."""
+        check_types(Circuit.live, locals())
         key = GateKey(granularity, layer)
         if key not in self._live:
-            raise KeyError(f"{granularity!r} is not gated in layer {layer}; gated are {', '.join(self.space.granularities)} "
+            raise KeyError(f"granularity {granularity!r} is not gated in layer {layer}; gated are {', '.join(self.space.granularities)} "
                            f"in layers {self.space.layers}.")
         return self._live[key].clone()
 
@@ -78,8 +102,9 @@ class Circuit(Mapping[str, Tensor]):
 
         Raises: KeyError for a granularity that is not gated.
         """
+        check_types(Circuit.nodes, locals())
         if granularity not in self.space.granularities:
-            raise KeyError(f"{granularity!r} is not gated in this circuit; gated are {', '.join(self.space.granularities)}.")
+            raise KeyError(f"granularity {granularity!r} is not gated in this circuit; gated are {', '.join(self.space.granularities)}.")
         keys = [key for key in self._live if key.granularity == granularity]
         return [(key.layer, *map(int, row)) for key in sorted(keys, key=lambda k: k.layer) for row in self._live[key].nonzero()]
 
@@ -117,7 +142,7 @@ class Circuit(Mapping[str, Tensor]):
 
     def summary(self) -> pd.DataFrame:
         """Live nodes per layer (rows) and granularity (columns), then the sum, how many there are, and the share live."""
-        table = pd.DataFrame(0, index=[str(layer) for layer in self.space.layers], columns=list(self.space.granularities))
+        table = pd.DataFrame(0, index=[str(layer) for layer in self.space.layers], columns=list(self.space.granularities), dtype=object)
         for key, live in self._live.items():
             table.loc[str(key.layer), key.granularity] = int(live.sum())
         live_row, of = table.sum(), pd.Series(self.space.totals())
@@ -156,10 +181,12 @@ class Circuit(Mapping[str, Tensor]):
 
     def under(self, ablation: str | Ablation) -> Circuit:
         """The same nodes with another stand-in for the pruned ones; "mean" and "optimal" need an Ablation that is fitted."""
+        check_types(Circuit.under, locals())
         return Circuit(self.space, self._live, as_ablation(ablation))
 
     def iou(self, other: Circuit) -> float:
         """Intersection over union of the live leaf nodes, 0 to 1; 1 where both are empty."""
+        check_types(Circuit.iou, locals())
         self._check_same_nodes(other)
         pairs = [(self._live[key], other._live[key]) for key in self.space.free()]
         union = sum(int((a | b).sum()) for a, b in pairs)
@@ -173,6 +200,7 @@ class Circuit(Mapping[str, Tensor]):
 
     def check_fits(self, model: Any) -> None:
         """Raises ValueError where the model lacks nodes of this circuit or has them in another shape; warns where only its name differs."""
+        check_types(Circuit.check_fits, locals())
         self.space.check_fits(find_nodes(model), "this circuit was found on")
 
     def fwd_hooks(self, model: Any, prompts: PromptPairs) -> list[tuple[str, HookFn]]:
@@ -184,6 +212,7 @@ class Circuit(Mapping[str, Tensor]):
         Raises: RuntimeError where masks or a circuit are attached or the model is in training mode with dropout; ValueError where circuit
         or prompts do not fit the model, or constants of the ablation do not fit the prompts.
         """
+        check_types(Circuit.fwd_hooks, locals())
         self._check_use(model, prompts)
         return self.hooks_on(model, prompts)
 
@@ -200,6 +229,7 @@ class Circuit(Mapping[str, Tensor]):
 
         Raises: what `fwd_hooks` raises; inside, ValueError for a forward on other prompts, whose stand-ins these would not be.
         """
+        check_types(Circuit.applied, locals())
         attachment = Attachment(model, self.fwd_hooks(model, prompts), owner=self)
         try:
             with attachment.only_on(model, prompts.clean) if self.ablation.name == "interchange" else nullcontext():
@@ -222,6 +252,7 @@ class Circuit(Mapping[str, Tensor]):
         Raises: OSError where the file cannot be written, FileNotFoundError where its folder does not exist, FileExistsError at a symbolic
         link, a device or a pipe; ValueError for an empty name, or constants that are not finite or do not fit the nodes.
         """
+        check_types(Circuit.save, locals())
         target = files.check_target(path)
         files.write(target, circuit_files.pack(self.space, self._live, self.ablation))
 
@@ -231,13 +262,8 @@ class Circuit(Mapping[str, Tensor]):
 
         Raises: FileNotFoundError; OSError where it cannot be read; ValueError for a file that is damaged in any bit or is not a circuit.
         """
+        check_types(Circuit.load, locals())
         return cls(*circuit_files.unpack(files.as_path(path)))
-
-
-def check_circuit(given: object, name: str = "circuit") -> None:
-    """Raises TypeError for what is no Circuit."""
-    if not isinstance(given, Circuit):
-        raise TypeError(f"{name} must be a Circuit, got {type(given).__name__}; of a result it is `result.circuit`.")
 
 
 def circuit_logits(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: int = 64) -> Tensor:
@@ -245,12 +271,12 @@ def circuit_logits(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_
     logits = []
     for batch in prompts.batches(batch_size):
         with torch.no_grad(), temporary_hooks(model, circuit.hooks_on(model, batch)):
-            logits.append(full_logits(model, batch))
+            logits.append(full_logits(model, batch, of="the circuit"))
     return torch.cat(logits)
 
 
-def full_logits(model: Any, prompts: PromptPairs) -> Tensor:
+def full_logits(model: Any, prompts: PromptPairs, *, of: str = "the full model") -> Tensor:
     """The model's logits at the answer positions, as it is: [batch d_vocab], float32. One forward, no gradient."""
     assert prompts.answer_positions is not None
     with torch.no_grad():
-        return answer_logits(model, prompts.clean, prompts.answer_positions, sliced=False)
+        return answer_logits(model, prompts.clean, prompts.answer_positions, sliced=False, of=of)

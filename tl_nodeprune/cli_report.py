@@ -13,12 +13,17 @@ from tl_nodeprune.viz.values import held_out
 
 VERDICTS = ("no circuit", "the budget is untested")  # how the search's warnings begin that say why it does not converge
 _SHOWN = 8  # sizes of the frontier
+_SAME_TOKEN = 0.5  # share of prompts: with the full model's most likely token on fewer a circuit is not said to have converged
 
 
 def show(result: PruneResult, report: Evaluation, why: str, met: str) -> None:
     """Print the number held out, what it means, and the sizes. why: of a result that has not converged; met: what one that has is."""
     verdict = {True: "Converged", False: "NOT converged", None: "Untested"}[result.converged]
     reason = met if result.converged else why.removeprefix(f"{VERDICTS[1]}: ") or "the budget is not known to hold on prompts held out."
+    if result.converged and report.exact_match < _SAME_TOKEN:
+        verdict = "Within the budget, which is of KL"
+        reason += (f"; but its most likely token is the full model's on only {report.exact_match:.0%} of these prompts, so it is no copy "
+                   "of the model. (Where many answers are about as likely, one token says little.)")
     print(f"\n{held_out(result)}\n{verdict}: {reason}")
     if result.stopped:
         print(f"Stopped by the {result.stopped}: this is the best so far.")

@@ -14,14 +14,14 @@ from tqdm.auto import tqdm
 from transformer_lens import patching
 
 from tl_nodeprune.agreement import Agreement, GranularityAgreement, NodeScore, agreement
-from tl_nodeprune.checks import check_counts
+from tl_nodeprune.checks import check_counts, check_finite, check_types
 from tl_nodeprune.effects import DIRECTIONS, Effects
 from tl_nodeprune.hooks import answer_logits, capture_nodes, mask_hooks, temporary_hooks
-from tl_nodeprune.losses import LossFn, check_finite
+from tl_nodeprune.losses import LossFn
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.probe import can_slice, check_ready, device_of, find_nodes
-from tl_nodeprune.prompts import PromptPairs, check_pairs
+from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.reference import positions
 
 __all__ = [
@@ -38,7 +38,7 @@ def logit_difference(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor,
 
 
 def activation_patching(
-    model: Any, prompts: PromptPairs, granularities: Iterable[str] | None = COARSE, *, direction: str = "denoise",
+    model: Any, prompts: PromptPairs, granularities: str | Iterable[str] | None = COARSE, *, direction: str = "denoise",
     metric: LossFn = logit_difference, batch_size: int = 256, progress: bool = True,
 ) -> Effects:
     """The effect of every node by exact patching: one node's activation, at all positions, from the other run of the pair.
@@ -60,6 +60,7 @@ def activation_patching(
     that is the same on clean and corrupted prompts or not [batch]; TypeError for prompts that are no PromptPairs; RuntimeError where
     a circuit is applied or the model is in training mode with dropout; FloatingPointError for NaN or inf.
     """
+    check_types(activation_patching, locals())
     with masks_off(model), torch.no_grad():
         task = _task(model, prompts, granularities, direction, metric, batch_size)
         heads = _heads_for_transformer_lens(model, task.space) if progress else []
@@ -78,7 +79,7 @@ def activation_patching(
 
 
 def attribution_patching(
-    model: Any, prompts: PromptPairs, granularities: Iterable[str] | None = None, *, direction: str = "denoise",
+    model: Any, prompts: PromptPairs, granularities: str | Iterable[str] | None = None, *, direction: str = "denoise",
     metric: LossFn = logit_difference, batch_size: int = 64,
 ) -> Effects:
     """The first-order form of `activation_patching`: one forward and one backward per batch for all nodes together (arXiv:2310.10348).
@@ -88,6 +89,7 @@ def attribution_patching(
 
     granularities: None: all that the model has. batch_size: prompts in one forward. All else, and errors, as in `activation_patching`.
     """
+    check_types(attribution_patching, locals())
     with masks_off(model):
         with torch.no_grad():
             task = _task(model, prompts, granularities, direction, metric, batch_size)
@@ -143,13 +145,15 @@ class _Task:
             yield _Batch(pairs, tokens, source, self.full[rows], (self.corrupted if denoise else self.clean)[rows], self.metric)
 
     def effects(self, gates: dict[GateKey, Tensor], method: str) -> Effects:
+        for key, gate in gates.items():
+            check_finite(gate, f"the {key.granularity} effects of layer {key.layer}")
         clean, corrupted = float(self.clean.mean()), float(self.corrupted.mean())
         return Effects(gates, self.space, self.direction, method, clean, corrupted, len(self.prompts))
 
 
-def _task(model: Any, prompts: PromptPairs, granularities: Iterable[str] | None, direction: str, metric: LossFn, batch_size: int) -> _Task:
+def _task(model: Any, prompts: PromptPairs, granularities: str | Iterable[str] | None, direction: str, metric: LossFn, batch_size: int
+          ) -> _Task:
     """Everything checked, and both runs measured."""
-    check_pairs(prompts)
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; allowed: 'denoise' (clean activations into the corrupted run) and 'noise' "
                          "(corrupted activations into the clean run).")
@@ -163,8 +167,6 @@ def _task(model: Any, prompts: PromptPairs, granularities: Iterable[str] | None,
     sliced = can_slice(model, pairs.clean, positions(pairs))
     full, other = (torch.cat([answer_logits(model, tokens(batch), positions(batch), sliced) for batch in pairs.batches(batch_size)])
                    for tokens in (lambda batch: batch.clean, lambda batch: batch.corrupted))
-    for logits, which in ((full, "clean"), (other, "corrupted")):
-        check_finite(logits, f"the model on the {which} prompts")
     clean, corrupted = (_measured(metric, logits, full, pairs) for logits in (full, other))
     _check_scale(float(clean.mean()), float(corrupted.mean()))
     return _Task(model, pairs, space, direction, metric, batch_size, sliced, full, clean, corrupted)
@@ -183,8 +185,7 @@ def _measured(metric: LossFn, logits: Tensor, full: Tensor, prompts: PromptPairs
     if not isinstance(values, Tensor) or values.shape != (len(prompts),):
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"the metric must return a tensor [batch], one value for each of the {len(prompts)} prompts; got {given}.")
-    if not torch.isfinite(values).all():
-        raise FloatingPointError("the metric holds a NaN or inf. In half precision try float32, and check the model on these prompts.")
+    check_finite(values, "the metric")
     return values.float()
 
 
@@ -202,7 +203,8 @@ def _patch(task: _Task, batch: _Batch, key: GateKey, nodes: Tensor) -> Float[Ten
     mask = mask.view(len(mask), 1, *(mask.shape[1:] or (1,)))
     repeated = source.repeat(n, *[1] * (source.ndim - 1))
     with temporary_hooks(task.model, mask_hooks([key.hook], lambda hook: mask, lambda hook: repeated)):
-        logits = answer_logits(task.model, batch.tokens.repeat(n, 1), positions(batch.prompts).repeat(n), task.sliced)
+        logits = answer_logits(task.model, batch.tokens.repeat(n, 1), positions(batch.prompts).repeat(n), task.sliced,
+                               of="the patched model")
     return torch.stack([batch.gain(part) for part in logits.split(len(batch.prompts))])
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.nodes import GateKey, NodeSpace, spread
 
 DIRECTIONS: tuple[str, ...] = ("denoise", "noise")
@@ -65,8 +66,9 @@ class Effects(Mapping[str, Tensor]):
 
         Raises: KeyError for a granularity that was not measured.
         """
+        check_types(Effects.of, locals())
         if granularity not in self.granularities:
-            raise KeyError(f"{granularity!r} was not patched; patched were {', '.join(self.granularities)}.")
+            raise KeyError(f"granularity {granularity!r} was not patched; patched were {', '.join(self.granularities)}.")
         keys = sorted((key for key in self.gates if key.granularity == granularity), key=lambda key: key.layer)
         return {key.layer: self.gates[key].clone() for key in keys}
 

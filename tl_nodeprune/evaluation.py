@@ -9,12 +9,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_nodeprune.checks import check_counts
-from tl_nodeprune.circuit import Circuit, check_circuit, circuit_logits, full_logits
+from tl_nodeprune.checks import check_counts, check_finite, check_types
+from tl_nodeprune.circuit import Circuit, circuit_logits, full_logits
 from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.probe import check_ready, rounding
-from tl_nodeprune.prompts import PromptPairs, check_pairs
+from tl_nodeprune.prompts import PromptPairs
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,9 @@ def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: 
 
     Masks that are attached are left out for the while. Raises: ValueError where the circuit or the prompts do not fit the model, or
     corrupted prompts are missing under interchange ablation; TypeError for what is no Circuit or PromptPairs; RuntimeError where a
-    circuit is applied already or the model is in training mode with dropout.
+    circuit is applied already or the model is in training mode with dropout; FloatingPointError for NaN or inf.
     """
-    check_circuit(circuit)
-    check_pairs(prompts)
+    check_types(evaluate, locals())
     check_counts(batch_size=batch_size)
     with masks_off(model):
         check_ready(model)
@@ -97,8 +96,10 @@ def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: 
 
 
 def _metrics(logits: Tensor, full: Tensor, prompts: PromptPairs) -> Metrics:
-    diff = prompts.logit_diff(logits)
+    with torch.no_grad():
+        diff, kl = prompts.logit_diff(logits), kl_divergence(logits, full)
+    check_finite(kl, "the KL of the circuit")
     return Metrics(
-        kl=float(kl_divergence(logits, full).mean()), accuracy=float((diff > 0).float().mean()),
+        kl=float(kl.mean()), accuracy=float((diff > 0).float().mean()),
         logit_diff=float(diff.mean()), exact_match=float((logits.argmax(-1) == full.argmax(-1)).float().mean()),
     )

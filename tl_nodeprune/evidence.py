@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from tl_nodeprune.ablation import ABLATIONS, Ablation
-from tl_nodeprune.checks import check_counts
-from tl_nodeprune.circuit import Circuit, check_circuit
+from tl_nodeprune.checks import check_counts, check_level, check_seed, check_types
+from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.constants import with_optimal_constants
 from tl_nodeprune.evaluation import evaluate
 from tl_nodeprune.hypotheses import HypothesisTest, equivalence, independence, minimality
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.preference import preference
 from tl_nodeprune.probe import check_ready, model_name
-from tl_nodeprune.prompts import PromptPairs, check_pairs
+from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.reporting import Report, Settings
 from tl_nodeprune.runs import Runs
 from tl_nodeprune.trial import Trial, UnitEffects
@@ -53,19 +53,17 @@ def report(
     of range; TypeError for what is no Circuit or PromptPairs; RuntimeError where a circuit is applied or the model is in training mode
     with dropout; FloatingPointError for NaN or inf logits.
     """
+    check_types(report, locals())
     judged = prompts if held_out is None else held_out
-    check_circuit(circuit)
-    for name, given in (("prompts", prompts), ("held_out", judged)):
-        check_pairs(given, name)
     repeated = len(judged) - len(judged := judged.without_repeats())
     for given in (prompts, judged):
         given.check_corrupted(circuit.ablation.name)
     check_counts(n_random=n_random, n_subsets=n_subsets, max_units=max_units, batch_size=batch_size)
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha={alpha}; it must lie between 0 and 1.")
+    check_level(alpha=alpha)
+    check_seed(seed)
     every_unit = units_of(circuit.space, units)
     with masks_off(model):
-        _check_fits(model, circuit, (prompts, judged))
+        _check_fits(model, circuit, {"prompts": prompts, "held_out": judged})
         runs = Runs(model, judged, circuit.space, circuit.ablation, batch_size=batch_size, progress=progress)
         trial = Trial(runs, circuit, every_unit, max_units=max_units, generator=torch.Generator().manual_seed(seed))
         task, effects = preference(model, judged, batch_size), trial.effects()
@@ -183,11 +181,11 @@ def bootstrap(statistic: Any, *data: NDArray[Any], seed: int) -> tuple[float, fl
     return interval("percentile") if any(map(math.isnan, corrected)) else corrected
 
 
-def _check_fits(model: Any, circuit: Circuit, given: tuple[PromptPairs, ...]) -> None:
+def _check_fits(model: Any, circuit: Circuit, given: dict[str, PromptPairs]) -> None:
     check_ready(model)
     circuit.check_fits(model)
-    for prompts in given:
-        prompts.check_fits(model)
+    for name, prompts in given.items():
+        prompts.check_fits(model, name)
 
 
 def _notes(model: Any, circuit: Circuit, prompts: PromptPairs, judged: PromptPairs, repeated: int, held_out: bool) -> list[str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from tl_nodeprune.checks import check_types
 
+
+@runtime_checkable
 class Gate(Protocol):
     """How scores become masks. Each function is elementwise, differentiable, and keeps the shape."""
 
@@ -39,6 +42,8 @@ class HardConcrete:
     deterministic mask is the same with beta = 1 and u = 1/2. Kept if score > 0.
 
     straight_through: draws are binary (mask > 0.5) and the gradient is the soft mask's (arXiv:2512.10903 v2).
+
+    Raises: ValueError for a beta or zeta that is not above 0, a gamma not below 0, and scores that do not give masks of 1 and 0.
     """
 
     beta: float = 2 / 3
@@ -49,7 +54,12 @@ class HardConcrete:
     closed_score: float = -3.0
 
     def __post_init__(self) -> None:
-        ends = [float(self.value(torch.tensor(score))) for score in (self.open_score, self.closed_score)]
+        check_types(HardConcrete, vars(self))
+        numbers = (self.beta, self.gamma, self.zeta, self.open_score, self.closed_score)
+        if not all(map(math.isfinite, numbers)) or not self.gamma < 0 < min(self.beta, self.zeta):
+            raise ValueError(f"beta={self.beta}, gamma={self.gamma}, zeta={self.zeta}, open_score={self.open_score}, "
+                             f"closed_score={self.closed_score}; all must be finite, beta and zeta above 0, gamma below 0.")
+        ends = [float(self.value(torch.tensor(float(score)))) for score in (self.open_score, self.closed_score)]
         if ends != [1.0, 0.0]:
             raise ValueError(f"open_score={self.open_score} and closed_score={self.closed_score} give masks of {ends[0]:.3g} and "
                              f"{ends[1]:.3g} with gamma={self.gamma}, zeta={self.zeta}; they must give 1 and 0.")
@@ -83,6 +93,14 @@ class Step:
     width: float = 0.5
     open_score: float = 1.0
     closed_score: float = -1.0
+
+    def __post_init__(self) -> None:
+        check_types(Step, vars(self))
+        if not 0 < self.width < math.inf:
+            raise ValueError(f"width={self.width}; it must be a finite number above 0.")
+        if not -math.inf < self.closed_score <= 0 < self.open_score < math.inf:
+            raise ValueError(f"open_score={self.open_score} and closed_score={self.closed_score}; the first must "
+                             "be above 0, the second not.")
 
     def value(self, score: Tensor) -> Tensor:
         return _straight_through(score > 0, torch.sigmoid(score / self.width))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tl_nodeprune.checks import check_logits
 from tl_nodeprune.nodes import HOOKS, layer_of
 
 HookFn = Callable[..., Tensor | None]
@@ -280,13 +281,17 @@ def slice_hook(model: Any, positions: Tensor) -> tuple[str, HookFn]:
     return name, cut
 
 
-def answer_logits(model: Any, tokens: Tensor, positions: Tensor, sliced: bool = True) -> Tensor:
+def answer_logits(model: Any, tokens: Tensor, positions: Tensor, sliced: bool = True, *, of: str = "the full model") -> Tensor:
     """Logits [batch d_vocab] at one position per prompt, float32.
 
-    sliced: run the unembedding at those positions only; equal to the full run's logits (see `can_slice`).
+    sliced: run the unembedding at those positions only; equal to the full run's logits (see `can_slice`). of: whose they are.
+    Raises: FloatingPointError for NaN or inf, unless a gradient is wanted: a step of training looks at its loss and gradient together.
     """
-    if not sliced:
-        rows = torch.arange(tokens.shape[0], device=tokens.device)
-        return model(tokens)[rows, positions].float()  # type: ignore[no-any-return]
-    with temporary_hooks(model, [slice_hook(model, positions)]):
-        return model(tokens)[:, 0].float()  # type: ignore[no-any-return]
+    if sliced:
+        with temporary_hooks(model, [slice_hook(model, positions)]):
+            logits = model(tokens)[:, 0].float()
+    else:
+        logits = model(tokens)[torch.arange(tokens.shape[0], device=tokens.device), positions].float()
+    if not torch.is_grad_enabled():
+        check_logits(logits, of)
+    return logits  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
 """The circuit-hypothesis tests of Shi et al. 2024 (arXiv:2410.13032), in our reading: equivalence, independence, minimality.
 
 Each takes scores that were measured before (`tl_nodeprune.report` measures them) and raises ValueError where they are too few to tell
-anything. The null of the first two is what a circuit claims, so that a small p-value speaks against it and a large one is no proof for it;
-the null of the third is what a circuit denies.
+anything, FloatingPointError where one is NaN or inf. The null of the first two is what a circuit claims, so that a small p-value speaks
+against it and a large one is no proof for it; the null of the third is what a circuit denies.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
+
+from tl_nodeprune.checks import check_counts, check_finite, check_level, check_seed, check_types
+
+__all__ = ["FEWEST", "HypothesisTest", "equivalence", "independence", "minimality"]
 
 FEWEST = 20
 """Prompts that equivalence and independence need: they are passed by not being rejected, which with fewer says nothing."""
@@ -48,11 +52,15 @@ def equivalence(circuit: Float[Tensor, "prompt"], full: Float[Tensor, "prompt"],
     circuit, full: scores (logit differences) on prompts that the circuit was not searched on.
 
     Source: arXiv:2410.13032, equivalence, in our reading. Raises: ValueError for fewer than 20 prompts, or so few that no outcome could be
-    rejected; scores of unequal number; a tolerance outside of [0, 0.4].
+    rejected; scores of unequal number; a tolerance outside of [0, 0.4]; FloatingPointError for NaN or inf.
     """
+    check_types(equivalence, locals())
+    check_level(alpha=alpha)
+    if not 0 <= ties < math.inf:
+        raise ValueError(f"ties={ties}; it must be a finite number, 0 or more (logits).")
     if not 0 <= tolerance <= 0.4:
         raise ValueError(f"tolerance={tolerance}; it must lie between 0 and 0.4 (a chance of 1/2 give or take that much).")
-    n, gaps = _pairs(circuit, full, "equivalence"), _array(circuit) - _array(full)
+    n, gaps = _pairs(circuit, full, "equivalence", "circuit, full"), _array(circuit, "circuit") - _array(full, "full")
     wins = float((gaps > ties).sum() + (abs(gaps) <= ties).sum() / 2)
     if _sign_p(n / 2, n, tolerance) > alpha:
         needed = next(m for m in count(n) if _sign_p(m / 2, m, tolerance) <= alpha)
@@ -78,10 +86,14 @@ def independence(complement: Float[Tensor, "prompt"], full: Float[Tensor, "promp
     complement, full: scores (logit differences) of the model without the circuit and of the full model.
 
     Source: arXiv:2410.13032, independence, in our reading. Raises: ValueError for fewer than 20 prompts, scores of unequal number, or
-    scores that are the same on all prompts.
+    scores that are the same on all prompts; FloatingPointError for NaN or inf.
     """
-    n = _pairs(complement, full, "independence")
-    left, right = (_kernel(_array(values), name) for values, name in ((complement, "complement"), (full, "full model")))
+    check_types(independence, locals())
+    check_level(alpha=alpha)
+    check_counts(permutations=permutations)
+    check_seed(seed)
+    n = _pairs(complement, full, "independence", "complement, full")
+    left, right = (_kernel(_array(values, name), name) for values, name in ((complement, "complement"), (full, "full")))
     center = np.eye(n) - 1 / n
     centred = center @ left @ center / n**2
 
@@ -110,14 +122,23 @@ def minimality(effects: Float[Tensor, "unit"], reference: Float[Tensor, "draw"],
     and times the number of units (Bonferroni). Passed where the null is rejected for every unit.
 
     Returns the test (statistic: the number of units for which the null stands; p-value: the largest) and the p-value of each unit.
-    Source: arXiv:2410.13032, minimality, in our reading. Raises: ValueError for no unit, or too few draws for any p-value to be small.
+    Source: arXiv:2410.13032, minimality, in our reading. Raises: ValueError for no unit, or too few draws for any p-value to be small;
+    FloatingPointError for NaN or inf.
     """
-    values, drawn = _array(effects), _array(reference)
+    check_types(minimality, locals())
+    check_level(alpha=alpha, quantile=quantile)
+    for name, given in (("effects", effects), ("reference", reference)):
+        if given.ndim != 1:
+            raise ValueError(f"{name} must be one number each, [n]; got {tuple(given.shape)}.")
+    values, drawn = _array(effects, "effects"), _array(reference, "reference")
     if not len(values):
-        raise ValueError("minimality needs one unit or more; the circuit keeps none.")
+        raise ValueError("minimality needs one unit or more in effects; the circuit keeps none.")
+    if names is not None and len(names) != len(values):
+        raise ValueError(f"names has {len(names)} names, but effects are of {len(values)} units.")
     needed = math.ceil(math.log(alpha / len(values)) / math.log(quantile))
     if len(drawn) < needed:
-        raise ValueError(f"minimality of {len(values)} units at alpha={alpha:g} needs {needed} random units or more; got {len(drawn)}.")
+        raise ValueError(f"minimality of {len(values)} units at alpha={alpha:g} needs {needed} random units or more; got {len(drawn)} in "
+                         "reference.")
     below = (drawn[None] < values[:, None]).sum(1)
     raw = [stats.binomtest(int(k), len(drawn), quantile, alternative="greater").pvalue for k in below]
     p_values = np.minimum(1, np.array(raw) * len(values))
@@ -142,20 +163,22 @@ def _sign_p(distance: float, n: int, tolerance: float) -> float:
 def _kernel(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     distances = pdist(values[:, None])
     if not distances.max() > 1e-6 * max(1.0, float(abs(values).max())):
-        raise ValueError(f"independence needs scores that differ between prompts; the {name}'s are {values[0]:.4g} on all of them.")
+        raise ValueError(f"independence needs scores that differ between prompts; those of {name} are {values[0]:.4g} on all of them.")
     width = float(np.median(distances)) or float(distances[distances > 0].mean())
     kernel: NDArray[np.float64] = np.exp(-(squareform(distances) ** 2) / (2 * width**2))
     return kernel
 
 
-def _pairs(one: Tensor, other: Tensor, name: str) -> int:
+def _pairs(one: Tensor, other: Tensor, name: str, sides: str) -> int:
     """How many prompts. Raises ValueError where these are too few, or unlike in number."""
     if one.ndim != 1 or one.shape != other.shape:
-        raise ValueError(f"{name} needs one score per prompt from both; got {tuple(one.shape)} and {tuple(other.shape)}.")
+        raise ValueError(f"{name} needs one score per prompt from both; got {tuple(one.shape)} and {tuple(other.shape)} in {sides}.")
     if len(one) < FEWEST:
         raise ValueError(f"{name} needs {FEWEST} prompts or more; got {len(one)}.")
     return len(one)
 
 
-def _array(values: Tensor) -> NDArray[np.float64]:
+def _array(values: Tensor, name: str) -> NDArray[np.float64]:
+    """As doubles. Raises FloatingPointError for NaN or inf, of which no comparison is true."""
+    check_finite(values, f"the scores of {name}")
     return values.detach().double().cpu().numpy()

@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.checks import check_finite
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.constants import RATE as CONSTANTS_RATE
 from tl_nodeprune.hooks import HookFn, capture_nodes, mask_hooks, temporary_hooks
-from tl_nodeprune.losses import LossFn, check_finite, choice_hinge, kl_divergence
+from tl_nodeprune.losses import LossFn, choice_hinge, kl_divergence
 from tl_nodeprune.nodes import GateKey, Gates, NodeSpace
 from tl_nodeprune.probe import device_of
 from tl_nodeprune.reference import Reference
@@ -68,7 +69,7 @@ class Landscape:
                 one = bool((which == which[0]).all())
                 flat = flats[which[0]] if one else flats[which.to(flats.device)]
                 losses, _ = self._judged(self._run(flat.to(self.device), at), at)
-                check_finite(losses.loss, "the circuit")
+                check_finite(losses.loss, "the loss of the circuit")
                 self.passed(len(at))
                 found.append(losses)
         return Losses(*(torch.cat(part).view(len(flats), n) for part in zip(*found, strict=True)))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import relu
 
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.prompts import PromptPairs
 
 LossFn = Callable[[Tensor, Tensor, PromptPairs], Tensor]
@@ -17,18 +17,29 @@ LossFn = Callable[[Tensor, Tensor, PromptPairs], Tensor]
 
 def kl_divergence(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"],
                   prompts: PromptPairs | None = None) -> Float[Tensor, "batch"]:
-    """KL(full || circuit) in nats, summed over the vocabulary, at the answer positions."""
+    """KL(full || circuit) in nats, summed over the vocabulary, at the answer positions.
+
+    `0 * log 0 = 0`: a token with a logit of -inf in both, which never occurs, adds nothing.
+    Raises: ValueError for logits that are not of one shape.
+    """
+    check_types(kl_divergence, locals())
+    _check_alike(logits, full)
     target, log_q = full.log_softmax(-1), logits.log_softmax(-1)
-    return (target.exp() * (target - log_q)).sum(-1)
+    p = target.exp()
+    return (p * (target - log_q).masked_fill(p == 0, 0)).sum(-1)
 
 
 def distance(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
     """A loss for `rank` that leads to a low CMD: `(d_circuit - d_full)^2`, d the logit difference; logits squared."""
+    check_types(distance, locals())
+    _check_alike(logits, full)
     return (prompts.logit_diff(logits) - prompts.logit_diff(full)).pow(2)
 
 
 def shortfall(logits: Float[Tensor, "batch d_vocab"], full: Float[Tensor, "batch d_vocab"], prompts: PromptPairs) -> Float[Tensor, "batch"]:
     """A loss for `rank` that leads to a high CPR: `d_full - d_circuit`, d the logit difference; logits."""
+    check_types(shortfall, locals())
+    _check_alike(logits, full)
     return prompts.logit_diff(full) - prompts.logit_diff(logits)
 
 
@@ -42,8 +53,7 @@ def choice_hinge(logits: Tensor, full: Tensor, prompts: PromptPairs) -> Tensor:
     return relu((wanted.abs() / 2).clamp(1, 2) - wanted.sign() * prompts.logit_diff(logits))
 
 
-def check_finite(logits: Tensor, where: str) -> None:
-    """Raises FloatingPointError that says whose logits hold a NaN or inf."""
-    if not torch.isfinite(logits).all():
-        raise FloatingPointError(f"NaN or inf in the logits of {where}; nothing was changed. In half precision try float32, "
-                                 "and check that the model runs on these prompts.")
+def _check_alike(logits: Tensor, full: Tensor) -> None:
+    if logits.shape != full.shape or not logits.numel() or not (logits.is_floating_point() and full.is_floating_point()):
+        raise ValueError(f"logits are {logits.dtype} {tuple(logits.shape)} and full {full.dtype} {tuple(full.shape)}; they must be floats "
+                         "of one shape [batch d_vocab].")

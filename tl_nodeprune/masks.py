@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_nodeprune.ablation import Ablation, as_ablation
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.gates import Gate, HardConcrete
 from tl_nodeprune.hooks import Attachment, find_attachment, inactive, mask_hooks, remove_dead
@@ -30,9 +31,11 @@ class NodeMasks(nn.Module):
 
     def __init__(self, space: NodeSpace, *, ablation: str | Ablation = "interchange", gate: Gate | None = None,
                  device: torch.device | str | None = None) -> None:
+        check_types(NodeMasks.__init__, locals())
         super().__init__()
         self.space, self.gate = space, gate or HardConcrete()
         self.ablation = self.asked_ablation = as_ablation(ablation)  # the second stays as asked for, not fitted to any prompts here
+        self._hooks = frozenset(space.hooks)
         self.scores = nn.ParameterDict({
             _name(key): nn.Parameter(torch.full(shape, self.gate.open_score, device=device)) for key, shape in space.shapes.items()
         })
@@ -48,16 +51,25 @@ class NodeMasks(nn.Module):
     """`tl_nodeprune.prune` as a method; pruning.py sets it, so that its signature and docstring show in a notebook."""
 
     def score(self, key: GateKey) -> nn.Parameter:
-        """The scores of one gate tensor."""
+        """The scores of one gate tensor. Raises: KeyError where it is not gated."""
+        if not isinstance(key, tuple):
+            check_types(NodeMasks.score, locals())
+        if key not in self.space.shapes:
+            raise KeyError(f"key={key!r} is not gated by these masks; keys are such as {next(iter(self.space.shapes))!r}.")
         return cast(nn.Parameter, self.scores[_name(key)])
 
     def gate_values(self, key: GateKey) -> Tensor:
-        """One gate tensor's masks now: deterministic, or a fresh draw inside `sampling`."""
+        """One gate tensor's masks now: deterministic, or a fresh draw inside `sampling`. Raises: KeyError where it is not gated."""
         score = self.score(key)
         return self.gate.value(score) if self._sampling is None else self.gate.sample(score, self._sampling[0])
 
     def mask(self, hook: str) -> Tensor:
-        """A hook point's mask now: the product of its granularities' gates, at the hook's own shape, differentiable."""
+        """A hook point's mask now: the product of its granularities' gates, at the hook's own shape, differentiable.
+
+        Raises: KeyError for a hook point that is not gated.
+        """
+        if not isinstance(hook, str) or hook not in self._hooks:
+            raise KeyError(f"hook={hook!r} is not gated by these masks; gated are {', '.join(self.space.hooks)}.")
         return combine(self.space, hook, {key: self.gate_values(key) for key in self.space.at(hook)})
 
     def as_dict(self) -> dict[str, Tensor]:
@@ -85,6 +97,7 @@ class NodeMasks(nn.Module):
 
         Raises: ValueError where the circuit lacks one of these gates or has it in another shape; nothing is set then.
         """
+        check_types(NodeMasks.set_to, locals())
         have = circuit.space.shapes
         for key, shape in self.space.shapes.items():
             if have.get(key) != shape:
@@ -98,6 +111,7 @@ class NodeMasks(nn.Module):
     @contextmanager
     def sampling(self, generator: torch.Generator | None = None) -> Iterator[None]:
         """Inside, each forward draws its masks at random, one draw shared by batch and positions."""
+        check_types(NodeMasks.sampling, locals())
         before, self._sampling = self._sampling, (generator,)
         try:
             yield
@@ -111,6 +125,7 @@ class NodeMasks(nn.Module):
 
         Raises: ValueError where the prompts do not fit the model; inside, for "interchange", for a forward on other prompts.
         """
+        check_types(NodeMasks.paired, locals())
         prompts.check_fits(self.model)
         with self.inactive():
             self.ablation = self.ablation.fit(self.model, prompts, self.space.hooks)
@@ -121,7 +136,14 @@ class NodeMasks(nn.Module):
 
     @contextmanager
     def standing_in(self, values: dict[str, Tensor]) -> Iterator[None]:
-        """Inside, closed nodes take these values, by hook name: [batch pos ...] as the forward, or without batch, or without both."""
+        """Inside, closed nodes take these values, by hook name: [batch pos ...] as the forward, or without batch, or without both.
+
+        Raises: ValueError for a hook point that these masks do not gate.
+        """
+        check_types(NodeMasks.standing_in, locals())
+        for hook, value in values.items():
+            if hook not in self._hooks or not isinstance(value, Tensor):
+                raise ValueError(f"values[{hook!r}] is {type(value).__name__}; give tensors, for some of {', '.join(self.space.hooks)}.")
         before, self._stand_ins = self._stand_ins, values
         try:
             yield
@@ -147,6 +169,7 @@ class NodeMasks(nn.Module):
 
     def attach(self, model: Any) -> None:
         """Hang the masks on a model and freeze its weights, until `remove`. Raises RuntimeError where masks are attached already."""
+        check_types(NodeMasks.attach, locals())
         _check_free(model)
         fns = mask_hooks(self.space.hooks, self._mask_in_forward, self._stand_in)
         self._attached = (model, Attachment(model, fns, owner=self, freeze=True))
@@ -165,6 +188,8 @@ class NodeMasks(nn.Module):
 
     def _stand_in(self, hook: str) -> Tensor:
         if self._stand_ins is not None:
+            if hook not in self._stand_ins:
+                raise ValueError(f"{hook} has closed gates, and the values given to `standing_in` have none for it.")
             return self._stand_ins[hook]
         if self.ablation.name == "zero":
             return torch.zeros((), device=self.score(self.space.at(hook)[0]).device)
@@ -176,7 +201,7 @@ class NodeMasks(nn.Module):
         )
 
 
-def add_node_masks(model: Any, granularities: Iterable[str] | None = None, layers: Iterable[int] | None = None,
+def add_node_masks(model: Any, granularities: str | Iterable[str] | None = None, layers: int | Iterable[int] | None = None,
                    ablation: str | Ablation = "interchange", *, gate: Gate | None = None) -> NodeMasks:
     """Hang a gate on every node of a HookedTransformer or TransformerBridge, all open: the model's outputs stay bit-identical.
 
@@ -190,10 +215,10 @@ def add_node_masks(model: Any, granularities: Iterable[str] | None = None, layer
     add to the residual stream; RuntimeError where masks or a circuit are attached already, or the model is in training mode with dropout;
     TypeError for what is no TransformerLens model. Nothing is attached then.
     """
+    check_types(add_node_masks, locals())
     chosen = as_ablation(ablation)
-    if hasattr(model, "hook_dict"):
-        _check_free(model)
-        check_ready(model)
+    _check_free(model)
+    check_ready(model)
     space = find_nodes(model).restrict(granularities, layers)
     masks = NodeMasks(space, ablation=chosen, gate=gate, device=device_of(model))
     masks.attach(model)
@@ -202,6 +227,7 @@ def add_node_masks(model: Any, granularities: Iterable[str] | None = None, layer
 
 def remove_node_masks(model: Any) -> None:
     """Take the masks of `add_node_masks` off; no hook of this library is left. Raises RuntimeError where there are none."""
+    check_types(remove_node_masks, locals())
     attachment = find_attachment(model, dead_too=True)
     if attachment is None or not isinstance(attachment.owner, NodeMasks):
         raise RuntimeError("this model has no node masks to remove; model.add_node_masks() attaches them.")
@@ -228,4 +254,5 @@ def _check_free(model: Any) -> None:
 
 
 def _name(key: GateKey) -> str:
-    return f"{key.granularity}_{key.layer}"
+    granularity, layer = key
+    return f"{granularity}_{layer}"

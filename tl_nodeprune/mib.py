@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ import pandas as pd
 from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation, as_ablation
-from tl_nodeprune.checks import check_counts
+from tl_nodeprune.checks import check_counts, check_types
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.effects import Effects
 from tl_nodeprune.losses import distance, shortfall
@@ -18,7 +19,7 @@ from tl_nodeprune.masks import masks_off
 from tl_nodeprune.mib_format import board_count, read, write
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.probe import check_ready, find_nodes
-from tl_nodeprune.prompts import PromptPairs, check_pairs
+from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.runs import Runs
 from tl_nodeprune.scores import SIZES, NodeScores, check_sizes
 
@@ -65,6 +66,11 @@ class FaithfulnessCurve:
 
 def area(sizes: Sequence[float], values: Sequence[float]) -> float:
     """The area under a curve given at sizes, linear in between and in the size itself, from the first size to the last."""
+    check_types(area, locals())
+    if len(sizes) != len(values):
+        raise ValueError(f"sizes has {len(sizes)} numbers and values {len(values)}; they must be as many.")
+    if not all(map(math.isfinite, (*sizes, *values))):
+        raise ValueError(f"sizes={tuple(sizes)} or values={tuple(values)} hold a NaN or inf.")
     points = list(zip(sizes, values, strict=True))
     return sum((right - left) * (a + b) / 2 for (left, a), (right, b) in zip(points, points[1:], strict=False))
 
@@ -80,11 +86,11 @@ def evaluate(model: Any, scores: NodeScores | Effects | Mapping[str, Tensor], pr
 
     Raises: ValueError for scores that are not of this model's nodes or not finite, scores of a block beside those of what is in it, prompts
     that do not fit it, sizes, and a metric that is the same with every node ablated; TypeError for what is no mapping or no PromptPairs;
-    RuntimeError where a circuit is applied or the model is in training mode with dropout.
+    RuntimeError where a circuit is applied or the model is in training mode with dropout; FloatingPointError for NaN or inf logits.
     """
+    check_types(evaluate, locals())
     check_sizes(sizes)
     check_counts(batch_size=batch_size)
-    check_pairs(prompts)
     with masks_off(model):
         check_ready(model)
         found = as_scores(model, scores)
@@ -123,6 +129,8 @@ def as_scores(model: Any, scores: NodeScores | Effects | Mapping[str, Tensor]) -
 
 
 def _key_of(hook: str, tensor: Tensor, present: Mapping[GateKey, tuple[int, ...]]) -> GateKey:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"scores[{hook!r}] must be a tensor, got {type(tensor).__name__}.")
     here = {key: shape for key, shape in present.items() if key.hook == hook}
     for key, shape in here.items():
         if tuple(tensor.shape) == shape:

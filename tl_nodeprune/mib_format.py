@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune import files
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.scores import NodeScores
@@ -55,8 +56,7 @@ def write(model: Any, scores: NodeScores, path: str | Path, *, level: str = "nod
     Raises: TypeError for what is no NodeScores; ValueError for another level or size, scores of another model, or of whole attention blocks
     or layers, which the board lacks; OSError where the file cannot be written.
     """
-    if not isinstance(scores, NodeScores):
-        raise TypeError(f"scores must be NodeScores, got {type(scores).__name__}; of effects they are NodeScores.from_effects(effects).")
+    check_types(write, locals())
     if level not in LEVELS:
         raise ValueError(f"level={level!r}; allowed: {', '.join(map(repr, LEVELS))}.")
     path, space = files.as_path(path), find_nodes(model)
@@ -77,6 +77,7 @@ def read(model: Any, path: str | Path) -> NodeScores:
 
     Raises: FileNotFoundError; ValueError for a file that is damaged, of another model, or scores only some heads of a layer.
     """
+    check_types(read, locals())
     path, space = files.as_path(path), find_nodes(model)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}.")

@@ -178,7 +178,8 @@ class NodeSpace:
             counts[key.granularity] += math.prod(shape)
         return counts
 
-    def restrict(self, granularities: Iterable[str] | None = None, layers: Iterable[int] | None = None) -> NodeSpace:
+    def restrict(self, granularities: str | Iterable[str] | None = None, layers: int | Iterable[int] | None = None
+                 ) -> NodeSpace:
         """The same space with only some granularities and layers gated.
 
         Raises: ValueError for an unknown or empty choice, or a granularity or layer that the model lacks.
@@ -197,7 +198,7 @@ def layer_of(hook: str) -> int:
     return int(hook.split(".")[1])
 
 
-def check_granularities(given: Iterable[str] | None, available: tuple[str, ...],
+def check_granularities(given: str | Iterable[str] | None, available: tuple[str, ...],
                         lacking: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """The granularities asked for, in order; all available ones for None. Raises ValueError on any other name; `lacking` says why."""
     if given is None:
@@ -214,13 +215,13 @@ def check_granularities(given: Iterable[str] | None, available: tuple[str, ...],
     return tuple(name for name in GRANULARITIES if name in names)
 
 
-def check_layers(given: Iterable[int] | None, n_layers: int) -> frozenset[int]:
+def check_layers(given: int | Iterable[int] | None, n_layers: int) -> frozenset[int]:
     """The layers asked for (negative ones count from the end); all for None. Raises ValueError on any other value."""
     if given is None:
         return frozenset(range(n_layers))
     layers = list(given) if isinstance(given, Iterable) else [given]
     for layer in layers:
-        if not isinstance(layer, Integral) or not -n_layers <= int(layer) < n_layers:
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or not -n_layers <= int(layer) < n_layers:
             raise ValueError(f"layer {layer!r} does not exist; this model has layers 0 to {n_layers - 1}.")
     if not layers:
         raise ValueError(f"layers is empty; give some of 0 to {n_layers - 1}, or None for all.")

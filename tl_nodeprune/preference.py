@@ -11,7 +11,6 @@ from scipy import stats
 from torch import Tensor
 
 from tl_nodeprune.hooks import answer_logits
-from tl_nodeprune.losses import check_finite
 from tl_nodeprune.probe import can_slice
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.reference import positions
@@ -91,9 +90,8 @@ def preference(model: Any, prompts: PromptPairs, batch_size: int) -> Preference:
     with torch.no_grad():
         logits = [torch.cat([answer_logits(model, batch.clean, positions(batch), sliced) for batch in side.batches(batch_size)])
                   for side in (prompts, turned)]
-    for found in logits:
-        check_finite(found, "the full model")
-    return Preference(prompts, turned, prompts.logit_diff(logits[0]), turned.logit_diff(logits[1]), (logits[0], logits[1]))
+        differences = [side.logit_diff(found) for side, found in zip((prompts, turned), logits, strict=True)]
+    return Preference(prompts, turned, differences[0], differences[1], (logits[0], logits[1]))
 
 
 def by_prompt(pairs: Int[Tensor, "prompt"], values: Float[Tensor, "prompt"]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_nodeprune.checks import FILL, check_answers, check_mask, check_positions, check_tokens
+from tl_nodeprune.checks import (
+    FILL,
+    check_answers,
+    check_counts,
+    check_finite,
+    check_mask,
+    check_positions,
+    check_seed,
+    check_tokens,
+    check_types,
+)
 from tl_nodeprune.hooks import answer_logits, find_attachment, inactive
 from tl_nodeprune.probe import device_of
 
@@ -52,16 +63,18 @@ class PromptPairs:
 
     @classmethod
     def from_strings(
-        cls, model: Any, clean: Sequence[str], corrupted: Sequence[str], answers: Sequence[Any], wrong_answers: Sequence[Any]
+        cls, model: Any, clean: Sequence[str], corrupted: Sequence[str], answers: Sequence[str | Sequence[str]],
+        wrong_answers: Sequence[str | Sequence[str]],
     ) -> PromptPairs:
         """Tokenise with the model's tokenizer; prompts of several lengths are padded on the right.
 
-        answers, wrong_answers: a string each, or a list of strings where several are right; every one a single token
-            (mind the leading space: " Mary").
+        answers, wrong_answers: a string each, or a list of strings where several are right; every one a single token, what
+            `prompt + answer` has beyond the clean prompt (mind the leading space: " Mary").
 
         Raises: ValueError where a pair differs in token length, an answer is not one known token, a prompt is longer than the
             model's context, or the model has no tokenizer; TypeError where a text is no string.
         """
+        check_types(PromptPairs.from_strings, locals())
         lists = {"clean": clean, "corrupted": corrupted, "answers": answers, "wrong_answers": wrong_answers}
         if len({len(v) for v in lists.values()}) != 1 or not len(clean):
             raise ValueError(f"from_strings needs lists of one equal length above 0; got {({k: len(v) for k, v in lists.items()})}.")
@@ -79,7 +92,7 @@ class PromptPairs:
         pad = lambda ids: torch.cat([ids, ids.new_zeros(width - len(ids))])  # noqa: E731
         prompts = cls(
             clean=torch.stack([pad(a) for a, _ in rows]), corrupted=torch.stack([pad(b) for _, b in rows]),
-            answers=_answer_tokens(model, answers), wrong_answers=_answer_tokens(model, wrong_answers),
+            answers=_answer_tokens(model, clean, answers), wrong_answers=_answer_tokens(model, clean, wrong_answers),
             attention_mask=torch.arange(width)[None] < lengths[:, None],
         ).to(device_of(model))
         prompts.check_fits(model)
@@ -91,6 +104,7 @@ class PromptPairs:
 
         Raises: ValueError with the line's number for what is no such object, and what `from_strings` raises; OSError for no file.
         """
+        check_types(PromptPairs.from_jsonl, locals())
         columns: dict[str, list[Any]] = {"clean": [], "corrupted": [], "answer": [], "wrong": []}
         try:
             lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
@@ -115,12 +129,16 @@ class PromptPairs:
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> PromptPairs:
         """Some of the prompts; a single index gives a batch of one."""
-        if isinstance(index, int):
+        if isinstance(index, int) and not isinstance(index, bool):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"prompt {index} does not exist; there are {len(self)}.")
             index = [index]
-        chosen = index if isinstance(index, slice) else torch.as_tensor(index).cpu()
-        rows = torch.arange(len(self))[chosen if isinstance(chosen, slice) or chosen.numel() else slice(0)].reshape(-1)
+        try:
+            chosen = index if isinstance(index, slice) else torch.as_tensor(index).cpu()
+            rows = torch.arange(len(self))[chosen if isinstance(chosen, slice) or chosen.numel() else slice(0)].reshape(-1)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            kind = IndexError if isinstance(error, IndexError) else TypeError
+            raise kind(f"index={index!r}; give a number, a slice, several numbers, or {len(self)} of True and False: {error}") from error
         if not len(rows):
             raise ValueError(f"no prompt left of {len(self)} by indexing with {index!r}; PromptPairs holds one or more.")
         taken, rows = object.__new__(PromptPairs), rows.to(self.clean.device)
@@ -129,13 +147,19 @@ class PromptPairs:
         return taken
 
     def batches(self, batch_size: int) -> Iterator[PromptPairs]:
-        """The prompts in order, at most `batch_size` at a time."""
+        """The prompts in order, at most `batch_size` at a time. Raises: ValueError for a batch_size below 1."""
+        check_types(PromptPairs.batches, locals())
+        check_counts(batch_size=batch_size)
         for start in range(0, len(self), batch_size):
             yield self[start:start + batch_size]
 
     def to(self, device: torch.device | str) -> PromptPairs:
-        """The same prompts on another device."""
-        return PromptPairs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        """The same prompts on another device. Raises: ValueError for one that cannot be used here."""
+        check_types(PromptPairs.to, locals())
+        try:
+            return PromptPairs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            raise ValueError(f"device={device!r} cannot be used here: {error}") from error
 
     def split(self, share: float, seed: int) -> tuple[PromptPairs, PromptPairs]:
         """Two disjoint sets at random, the first with `share` of the different clean prompts (at least one in each). Pairs with the same
@@ -143,6 +167,8 @@ class PromptPairs:
 
         Raises: ValueError for a share that is not between 0 and 1, or fewer than 2 different clean prompts.
         """
+        check_types(PromptPairs.split, locals())
+        check_seed(seed)
         which = self.distinct()
         n = int(which.max()) + 1
         if not 0 < share < 1 or n < 2:
@@ -183,6 +209,7 @@ class PromptPairs:
 
     def check_corrupted(self, ablation: str) -> None:
         """Raises ValueError where the ablation is "interchange" and there are no corrupted prompts."""
+        check_types(PromptPairs.check_corrupted, locals())
         if ablation == "interchange" and not self.has_corrupted:
             raise ValueError("corrupted prompts are missing: all are the same as the clean ones, so interchange ablation replaces nothing. "
                              "Give corrupted prompts, or take mean, zero or optimal ablation.")
@@ -190,8 +217,9 @@ class PromptPairs:
     def correct(self, model: Any, *, batch_size: int = 64) -> PromptPairs:
         """Those prompts that the full model answers right, whatever is attached to it now: answer logit > wrong logit.
 
-        Raises: ValueError where it answers none.
+        Raises: ValueError where it answers none; FloatingPointError for NaN or inf logits.
         """
+        check_types(PromptPairs.correct, locals())
         right = torch.cat([batch.logit_diff(_logits(model, batch)) > 0 for batch in self.batches(batch_size)])
         if not right.any():
             raise ValueError(f"the model answers none of the {len(self)} prompts right; is the tokenizer, the task or the model another's?")
@@ -201,19 +229,30 @@ class PromptPairs:
         """Answer logit - wrong logit at the answer positions; for several answers, log-sum-exp over each side.
 
         With p the model's probabilities this is `log(p(answers) / p(wrong answers))`.
-        """
-        return _pooled(logits, self.answers) - _pooled(logits, self.wrong_answers)
 
-    def check_fits(self, model: Any) -> None:
-        """Raises ValueError where a token id is outside the model's vocabulary, or the prompts are longer than its context."""
+        Raises: FloatingPointError where it is NaN or inf, unless gradients are on; ValueError for logits of another shape.
+        """
+        check_types(PromptPairs.logit_diff, locals())
+        if logits.ndim != 2 or len(logits) != len(self) or logits.shape[1] <= int(max(self.answers.max(), self.wrong_answers.max())):
+            raise ValueError(f"logits are {tuple(logits.shape)}; they must be [batch d_vocab], for these {len(self)} prompts and with all "
+                             "of their answers.")
+        difference = _pooled(logits, self.answers) - _pooled(logits, self.wrong_answers)
+        if not torch.is_grad_enabled():
+            check_finite(difference, "the logit difference")
+        return difference
+
+    def check_fits(self, model: Any, name: str = "prompts") -> None:
+        """Raises ValueError where a token id is outside the model's vocabulary, or the prompts are longer than its context. name: what
+        they are called in it."""
+        check_types(PromptPairs.check_fits, locals())
         size = int(model.cfg.d_vocab)
-        for name in ("clean", "corrupted", "answers", "wrong_answers"):
-            top = int(getattr(self, name).max())
+        for field in ("clean", "corrupted", "answers", "wrong_answers"):
+            top = int(getattr(self, field).max())
             if top >= size:
-                raise ValueError(f"{name} holds token id {top}, but the model's vocabulary ends at {size - 1}; "
+                raise ValueError(f"{name}: {field} holds token id {top}, but the model's vocabulary ends at {size - 1}; "
                                  "were the prompts made with another tokenizer?")
         if self.clean.shape[1] > (n_ctx := int(getattr(model.cfg, "n_ctx", 0) or 1 << 30)):
-            raise ValueError(f"prompts have {self.clean.shape[1]} tokens, but the model's context is {n_ctx}.")
+            raise ValueError(f"{name} have {self.clean.shape[1]} tokens, but the model's context is {n_ctx}.")
 
 
 def check_pairs(given: object, name: str = "prompts") -> None:
@@ -252,22 +291,40 @@ def _text(value: Any, name: str, *, several: bool) -> Any:
     return value
 
 
-def _answer_tokens(model: Any, answers: Sequence[Any]) -> Tensor:
+def _answer_tokens(model: Any, prompts: Sequence[str], answers: Sequence[str | Sequence[str]]) -> Tensor:
     rows = [[answer] if isinstance(answer, str) else list(answer) for answer in answers]
-    ids = [[_single_token(model, text) for text in row] for row in rows]
-    width = max(len(row) for row in ids)
-    table = torch.tensor([row + [FILL] * (width - len(row)) for row in ids])
+    pairs = [(prompt, text) for prompt, row in zip(prompts, rows, strict=True) for text in row]
+    ids, width = iter(_single_tokens(model, pairs)), max(map(len, rows))
+    table = torch.tensor([[next(ids) for _ in row] + [FILL] * (width - len(row)) for row in rows])
     return table[:, 0] if width == 1 else table
 
 
-def _single_token(model: Any, text: str) -> int:
-    ids = model.to_tokens(text, prepend_bos=False)[0].tolist()
-    if len(ids) != 1:
-        raise ValueError(f"the answer {text!r} is {len(ids)} tokens ({ids}); an answer is one token. "
-                         "Is a leading space missing, or one too many? Otherwise choose other words.")
-    if is_unknown(model, int(ids[0]), text):
-        raise ValueError(f"the answer {text!r} is not in the model's vocabulary; choose other words.")
-    return int(ids[0])
+def _single_tokens(model: Any, pairs: Sequence[tuple[str, str]]) -> list[int]:
+    """The token of each answer after its prompt. Raises ValueError where it is not one known token."""
+    tokens = []
+    for (_, text), ids in zip(pairs, continuations(model, pairs), strict=True):
+        if len(ids) != 1:
+            raise ValueError(f"the answer {text!r} is {len(ids)} tokens ({ids}); an answer is one token. "
+                             "Is a leading space missing, or one too many? Otherwise choose other words.")
+        if is_unknown(model, ids[0], text):
+            raise ValueError(f"the answer {text!r} is not in the model's vocabulary; choose other words.")
+        tokens.append(ids[0])
+    return tokens
+
+
+def continuations(model: Any, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """The tokens of each text after its prompt: those that `prompt + text` has beyond the prompt's; where the two together are read in
+    another way, those of the text alone. So a tokenizer that puts a space before every text (Llama 2) gives one token for " Mary" too.
+    """
+    encode = partial(model.tokenizer, add_special_tokens=False)
+    texts = list(dict.fromkeys(part for prompt, text in pairs for part in (prompt, prompt + text, text)))
+    ids = dict(zip(texts, map(list, encode(texts)["input_ids"]), strict=True))
+    found = []
+    for prompt, text in pairs:
+        before, whole = ids[prompt], ids[prompt + text]
+        beyond = whole[len(before):] if whole[:len(before)] == before else []
+        found.append(beyond if beyond and (len(beyond) == 1 or len(ids[text]) != 1) else ids[text])
+    return found
 
 
 def is_unknown(model: Any, token: int, text: str) -> bool:

@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.checks import check_logits
 from tl_nodeprune.hooks import answer_logits
-from tl_nodeprune.losses import check_finite
 from tl_nodeprune.probe import can_slice
 from tl_nodeprune.prompts import PromptPairs
 
@@ -29,9 +29,9 @@ class Reference:
         self.sliced = can_slice(model, prompts.clean, positions(prompts))
         if full is None:
             with torch.no_grad():
-                full = torch.cat([self.logits(prompts[rows]) for rows in self.chunks(torch.arange(len(prompts)))])
+                full = torch.cat([self.logits(prompts[rows], of="the full model") for rows in self.chunks(torch.arange(len(prompts)))])
         self.full = full
-        check_finite(self.full, "the full model")
+        check_logits(full, "the full model")
         self.bytes_per_prompt = self._bytes_per_prompt()
         self.n_kept = min(len(prompts), cache_bytes // max(self.bytes_per_prompt, 1))
         keep = self.n_kept and ablation.name == "interchange"
@@ -43,9 +43,9 @@ class Reference:
         one = self.ablation.values(self.model, self.prompts[:1], self.hooks)
         return sum(value.numel() * value.element_size() for value in one.values())
 
-    def logits(self, prompts: PromptPairs) -> Tensor:
+    def logits(self, prompts: PromptPairs, *, of: str = "the circuit") -> Tensor:
         """The model's logits at the answer positions under whatever hooks are on it: [batch d_vocab]."""
-        return answer_logits(self.model, prompts.clean, positions(prompts), sliced=self.sliced)
+        return answer_logits(self.model, prompts.clean, positions(prompts), sliced=self.sliced, of=of)
 
     def chunks(self, rows: Tensor) -> Iterator[Tensor]:
         """Prompt indices in pieces of the batch size."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import Evaluation
 from tl_nodeprune.hypotheses import HypothesisTest
@@ -84,6 +85,7 @@ class Report:
 
     def verdict(self, name: str) -> Verdict:
         """The verdict of a name. Raises KeyError where there is none."""
+        check_types(Report.verdict, locals())
         found = {verdict.name: verdict for verdict in self.verdicts}
         if name not in found:
             raise KeyError(f"there is no verdict {name!r}; there are {', '.join(found)}.")

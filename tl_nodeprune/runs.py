@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.checks import check_finite
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.hooks import mask_hooks, temporary_hooks
-from tl_nodeprune.losses import check_finite, kl_divergence
+from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.nodes import NodeSpace
 from tl_nodeprune.probe import rounding
 from tl_nodeprune.prompts import PromptPairs
@@ -83,7 +84,6 @@ class Runs:
             with temporary_hooks(self.model, mask_hooks(own, own.__getitem__, stand_ins.__getitem__)):
                 logits.append(self.reference.logits(self.reference.prompts[rows]))
         found = torch.cat(logits)
-        check_finite(found, "a circuit")
         return _scores(found, self.reference.full, self.reference.prompts, len(circuits))
 
 
@@ -101,6 +101,8 @@ def _per_row(masks: Tensor) -> Tensor:
 def _scores(logits: Tensor, full: Tensor, prompts: PromptPairs, circuits: int) -> Scores:
     n, rows = len(prompts), torch.arange(len(logits)) % len(prompts)
     full = full[rows.to(full.device)]
-    score = torch.cat([prompts.logit_diff(part) for part in logits.split(n)])
+    with torch.no_grad():
+        score, kl = torch.cat([prompts.logit_diff(part) for part in logits.split(n)]), kl_divergence(logits, full)
+    check_finite(kl, "the KL of a circuit")
     agrees = logits.argmax(-1) == full.argmax(-1)
-    return Scores(*(value.view(circuits, n).cpu() for value in (score, kl_divergence(logits, full), agrees)))
+    return Scores(*(value.view(circuits, n).cpu() for value in (score, kl, agrees)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.effects import Effects
 from tl_nodeprune.nodes import GateKey, NodeSpace
@@ -34,15 +35,16 @@ class NodeScores(Mapping[str, Tensor]):
     ablation: Ablation = Ablation()
 
     def __post_init__(self) -> None:
+        check_types(NodeScores, vars(self))
         gates = {}
         for key in self.space.free():
+            if key in self.gates and not isinstance(self.gates[key], Tensor):
+                raise TypeError(f"scores of the {key.granularity} nodes of layer {key.layer} are {type(self.gates[key]).__name__}; "
+                                "give a tensor (torch.as_tensor).")
             if key not in self.gates or tuple(self.gates[key].shape) != self.space.shapes[key]:
                 given = list(self.gates[key].shape) if key in self.gates else "missing"
                 raise ValueError(f"scores of the {key.granularity} nodes of layer {key.layer} are {given}; "
                                  f"expected {list(self.space.shapes[key])}.")
-            if not isinstance(self.gates[key], Tensor):
-                raise TypeError(f"scores of the {key.granularity} nodes of layer {key.layer} are {type(self.gates[key]).__name__}; "
-                                "give a tensor (torch.as_tensor).")
             gates[key] = self.gates[key].detach().float().cpu()
             if not torch.isfinite(gates[key]).all():
                 raise ValueError(f"NaN or inf in the scores of the {key.granularity} nodes of layer {key.layer}; "
@@ -59,14 +61,18 @@ class NodeScores(Mapping[str, Tensor]):
 
     @classmethod
     def from_flat(cls, flat: Tensor, space: NodeSpace, ablation: Ablation = Ablation()) -> NodeScores:  # noqa: B008 (frozen)
-        """From one vector [node] over the free gate tensors, in the order of `NodeSpace.free`."""
+        """From one vector [node] over the free gate tensors, in the order of `NodeSpace.free`. Raises: ValueError for another shape."""
+        check_types(NodeScores.from_flat, locals())
         sizes = [math.prod(space.shapes[key]) for key in space.free()]
+        if flat.shape != (sum(sizes),):
+            raise ValueError(f"flat is {tuple(flat.shape)}; it must hold one score for each of the {sum(sizes)} nodes.")
         pieces = zip(space.free(), flat.split(sizes), strict=True)
         return cls({key: piece.view(space.shapes[key]) for key, piece in pieces}, space, ablation)
 
     @classmethod
     def from_effects(cls, effects: Effects, *, absolute: bool = False, ablation: Ablation = Ablation()) -> NodeScores:  # noqa: B008
         """From activation or attribution patching. What helps ranks first, in either direction; absolute: what matters most, either way."""
+        check_types(NodeScores.from_effects, locals())
         sign = 1 if effects.direction == "denoise" else -1
         gates = {key: effects.gates[key].abs() if absolute else sign * effects.gates[key] for key in effects.space.free()}
         return cls(gates, effects.space, ablation)
@@ -74,6 +80,7 @@ class NodeScores(Mapping[str, Tensor]):
     @classmethod
     def from_circuit(cls, circuit: Circuit, within: NodeScores | None = None) -> NodeScores:
         """Kept nodes above all cut ones, each side in the order of `within` (None: as they come)."""
+        check_types(NodeScores.from_circuit, locals())
         space, kept = circuit.space, torch.cat([circuit.live(*key).flatten() for key in circuit.space.free()])
         if within is not None and within.space.shapes != space.shapes:
             raise ValueError("the circuit and the scores are over different nodes.")
@@ -107,6 +114,7 @@ class NodeScores(Mapping[str, Tensor]):
 
         Raises: ValueError for a share outside 0 to 1 or a count outside 0 to n.
         """
+        check_types(NodeScores.top, locals())
         count = self.count(size)
         kept = torch.zeros(self.n)
         kept[self.flat.argsort(descending=True, stable=True)[:count]] = 1
@@ -116,6 +124,7 @@ class NodeScores(Mapping[str, Tensor]):
 
     def count(self, size: float | int) -> int:
         """How many nodes a share is: the nearest, at least one."""
+        check_types(NodeScores.count, locals())
         counted = isinstance(size, Integral)
         if isinstance(size, bool) or not 0 <= size <= (self.n if counted else 1):
             raise ValueError(f"size={size}; give a share of 0.0 to 1.0 as a float, or a count of 0 to {self.n} as an int.")

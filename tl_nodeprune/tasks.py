@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tl_nodeprune.prompts import PromptPairs, is_unknown
+from tl_nodeprune.checks import check_counts, check_seed, check_types
+from tl_nodeprune.prompts import PromptPairs, continuations, is_unknown
+
+__all__ = ["gendered_pronoun", "greater_than", "ioi", "make"]
 
 FEMALE = ("Mary", "Anna", "Sarah", "Lisa", "Emma", "Alice", "Laura", "Julia", "Kate", "Jane", "Susan", "Amy")
 MALE = ("John", "Tom", "James", "Peter", "David", "Mark", "Paul", "Jack", "Mike", "Daniel", "Steve", "Adam")
@@ -32,6 +35,9 @@ PRONOUN_TEMPLATES = (
 )
 YEARS_TEMPLATE = "The {event} lasted from the year {century}{start} to the year {century}"
 CENTURIES = ("11", "12", "13", "14", "15", "16", "17", "18")
+
+BEFORE = "from the year"
+"""What the words of a task are read after, to see whether they are one token."""
 
 Row = tuple[str, str, Any, Any]
 
@@ -110,16 +116,18 @@ def greater_than(model: Any, n: int, seed: int) -> PromptPairs:
 
 def make(task: str, model: Any, n: int, seed: int) -> PromptPairs:
     """`n` prompts of a task by its name: "ioi", "gendered_pronoun" or "greater_than"; the same seed gives the same prompts."""
+    check_types(make, locals())
     if task not in ROWS:
         raise ValueError(f"unknown task {task!r}; allowed: {', '.join(ROWS)}.")
-    if n < 1:
-        raise ValueError(f"n={n}; ask for one prompt or more.")
+    check_counts(n=n)
+    check_seed(seed)
     words, rng = usable(task, model), random.Random(seed)
     return PromptPairs.from_strings(model, *map(list, zip(*(ROWS[task](rng, words) for _ in range(n)), strict=True)))
 
 
 def usable(task: str, model: Any) -> Words:
     """The words that are one token for this model. Raises ValueError where too few are left for the task."""
+    check_types(usable, locals())
     if getattr(model, "tokenizer", None) is None:
         raise ValueError("the model has no tokenizer, and a task needs one; build PromptPairs from token ids instead.")
     female, male = ([name for name in names if is_one_token(model, f" {name}")] for names in (FEMALE, MALE))
@@ -138,12 +146,12 @@ def usable(task: str, model: Any) -> Words:
 
 def _splits_alike(model: Any, year: int) -> bool:
     """Whether a year of every century is two tokens, the second of them its last two digits."""
-    (end,) = model.to_tokens(f"{year:02d}", prepend_bos=False)[0].tolist()
-    ids = [model.to_tokens(f" {century}{year:02d}", prepend_bos=False)[0].tolist() for century in CENTURIES]
-    return all(len(each) == 2 and each[1] == end for each in ids)
+    after = [(f"{BEFORE} {century}", f"{year:02d}") for century in CENTURIES]
+    ends, whole = continuations(model, after), continuations(model, [(BEFORE, f" {century}{year:02d}") for century in CENTURIES])
+    return all(len(each) == 2 and each[1:] == end for each, end in zip(whole, ends, strict=True))
 
 
 def is_one_token(model: Any, text: str) -> bool:
-    """Whether a string is a single known token for a model."""
-    ids = model.to_tokens(text, prepend_bos=False)[0].tolist()
+    """Whether a string is a single known token for a model, inside a sentence."""
+    (ids,) = continuations(model, [(BEFORE, text)])
     return len(ids) == 1 and not is_unknown(model, ids[0], text)

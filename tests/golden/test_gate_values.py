@@ -97,3 +97,11 @@ def test_mix_has_no_second_derivative_and_says_so() -> None:
 def test_scores_that_do_not_reach_0_and_1_are_refused() -> None:
     with pytest.raises(ValueError, match=r"give masks of 0\.962 and 0\.0384 with gamma=-0\.01, zeta=1\.01"):
         HardConcrete(gamma=-0.01, zeta=1.01)
+
+
+@pytest.mark.parametrize("wrong", [{"beta": 0.0}, {"beta": -1.0}, {"gamma": 0.1}, {"zeta": math.nan}, {"open_score": math.inf}])
+def test_numbers_that_make_no_gate_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        HardConcrete(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="width=0"):
+        StepGate(width=0.0)

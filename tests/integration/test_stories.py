@@ -114,3 +114,13 @@ def test_stories260k_is_pruned_to_a_count(which: str) -> None:
     model.remove_node_masks()
     assert 0 < result.circuit.size <= round(0.2 * result.circuit.size_total)
     assert torch.equal(run(model, right.clean), plain)
+
+
+def test_tasks_find_words_of_one_token_where_a_space_is_put_before_every_text() -> None:
+    """Its tokenizer, Llama 2's, reads " Mary" alone as two tokens."""
+    model = load("stories3M")
+    prompts = tlnp.tasks.ioi(model, n=20, seed=0)
+    assert {token[0] for token in model.tokenizer.convert_ids_to_tokens(prompts.answers.tolist())} == {"\u2581"}
+    assert len(prompts.correct(model)) > 10 and len(tlnp.tasks.gendered_pronoun(model, n=20, seed=0).correct(model)) == 20
+    with pytest.raises(ValueError, match="greater_than needs a tokenizer that splits"):
+        tlnp.tasks.greater_than(model, n=2, seed=0)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.circuit import circuit_logits
+from tl_nodeprune.hooks import capture
 from tl_nodeprune.probe import find_nodes
 
 Toy = tuple[Any, tlnp.PromptPairs]
@@ -44,6 +46,29 @@ def test_complement_leaves_an_uncovered_gate_as_it_is(toy: Toy) -> None:
     c = tlnp.Circuit(space, {key: torch.ones(shape) * (key.layer != 1) for key, shape in space.shapes.items()})
     assert ~~c == c and (c & ~c).count() == {"layer": 2, "head": 0}
     assert [bool((~c).live("layer", layer)) for layer in range(3)] == [True, False, True]
+
+
+@pytest.mark.parametrize("ablation", ["interchange", "zero"])
+@pytest.mark.parametrize("granularities", [None, ("layer",), ("layer", "head"), ("layer", "head", "mlp_neuron"), ("layer", "attn", "mlp")])
+def test_folded_masks_are_the_circuit_by_the_equation_as_it_stands(each_toy: Toy, granularities: Any, ablation: str) -> None:
+    """Plain hooks that write `m * clean + (1 - m) * ablated`, at every hook point alike; with the circuit's own masks they do not."""
+    model, prompts = each_toy
+    space = find_nodes(model).restrict(granularities)
+    without = tlnp.Circuit(space, {key: torch.full(shape, float(key != ("layer", 1))) for key, shape in space.shapes.items()})
+    circuit = (random_circuit(space, 3, 0.8) & without).under(ablation)
+    rows, wanted = torch.arange(len(prompts)), circuit_logits(model, circuit, prompts)
+
+    def by_the_equation(masks: dict[str, torch.Tensor]) -> torch.Tensor:
+        corrupted = capture(model, prompts.corrupted, list(masks))
+        hooks = [(hook, lambda x, hook, m=mask, a=corrupted[hook] * (ablation != "zero"): m * x + (1 - m) * a)
+                 for hook, mask in masks.items()]
+        with torch.no_grad():
+            return model.run_with_hooks(prompts.clean, fwd_hooks=hooks)[rows, prompts.answer_positions]
+
+    folded = circuit.folded()
+    assert not any(hook.endswith("hook_resid_post") for hook in folded)
+    torch.testing.assert_close(by_the_equation(folded), wanted, atol=2e-4, rtol=1e-4)
+    assert not torch.allclose(by_the_equation(dict(circuit)), wanted, atol=1e-1)
 
 
 @pytest.mark.parametrize("granularities", SUBSETS)

@@ -209,7 +209,7 @@ GATED = "these masks gate head, mlp_neuron"
       for value in (0, -1, 13, 0.0, 1.5, -0.5, math.nan, 0.01)],
     ({"mlp_neuron": 1153}, ValueError, r"max_nodes\['mlp_neuron'\]=1153; .* 1 to 1152"),
     *[({"head": value}, TypeError, r"max_nodes\['head'\]=.*; it must be a number") for value in (True, "3", None)],
-    ([("head", 3)], TypeError, r"max_nodes=\[\('head', 3\)\]; it must be a number"),
+    ([("head", 3)], TypeError, r"max_nodes must be a number or a mapping, got list"),
 ])
 def test_refuses_limits_that_are_none(toy: Toy, given: Any, error: type[Exception], text: str) -> None:
     masks = toy[0].add_node_masks(("head", "mlp_neuron"))

@@ -125,7 +125,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_the_search(toy: Toy,
 
 
 def test_a_folder_is_a_name(toy: Toy) -> None:
-    with pytest.raises(TypeError, match="checkpoint=3; give a folder's name, or None"):
+    with pytest.raises(TypeError, match="checkpoint=3; it must be a string or a Path"):
         pruned(toy, checkpoint=3)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.cli import main
-from tl_nodeprune.cli_report import as_json
+from tl_nodeprune.cli_report import as_json, show
 
 Toy = tuple[Any, tlnp.PromptPairs]
 ROW = {"clean": "So Mary is a really good friend, isn't", "corrupted": "So John is a really good friend, isn't",
@@ -103,7 +103,7 @@ SMALL = ["prune", "--model", "toy", "--task", "ioi", "--prompts", "48", "--steps
 def test_prune_says_what_converged_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--out", str(tmp_path), "--max-kl", "20"]) == 0
     out, report = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
-    assert report["converged"] is True and "\nConverged: within 20.0 nats there\n" in out
+    assert report["converged"] is True and "\nWithin the budget, which is of KL: within 20.0 nats there; but" in out
     table = out.split("from the same run:\n")[1].split("\n\n")[0].split("\n")
     assert table[0].split() == ["nodes", "share", "KL", "held", "out", "KL", "searched", "right"] and len(table) == 9
     assert table[-1].split()[:2] == ["15", "100.00%"]
@@ -310,3 +310,20 @@ def test_demo_checks_the_page_before_it_searches(capsys: pytest.CaptureFixture[s
     assert main(["demo", "--html", str(Path(__file__).parent)]) == 2
     out, error = capsys.readouterr()
     assert not out and "is a folder; give the name of a file" in error
+
+
+@pytest.mark.parametrize(("same", "says"), [
+    (0.18, "\nWithin the budget, which is of KL: there; but its most likely token is the full model's on only 18%"),
+    (0.9, "\nConverged: there\n")])
+def test_a_circuit_with_other_first_tokens_is_not_said_to_have_converged(
+        toy: Any, capsys: pytest.CaptureFixture[str], same: float, says: str) -> None:
+    """Within a budget of KL, yet with another most likely token on most prompts."""
+    model, prompts = toy
+    masks = model.add_node_masks(["head"])
+    try:
+        result = masks.prune(prompts, max_nodes=6, steps=1, exact_tests=0, progress=False)
+    finally:
+        masks.remove()
+    report = tlnp.evaluate(model, result.circuit, prompts)
+    show(result, dataclasses.replace(report, circuit=dataclasses.replace(report.circuit, exact_match=same)), "", "there")
+    assert result.converged is True and says in capsys.readouterr().out

@@ -249,7 +249,7 @@ def test_bad_input_is_named(toy: Toy, method: Any) -> None:
             method(model, **{"prompts": prompts, **bad})
     with pytest.raises(TypeError, match="prompts must be PromptPairs, got Tensor"):
         method(model, prompts.clean)
-    with pytest.raises(FloatingPointError, match="the metric holds a NaN or inf"):
+    with pytest.raises(FloatingPointError, match="NaN or inf in the metric"):
         method(model, prompts, metric=lambda logits, full, prompts: logits[:, 0] * float("nan"))
     with pytest.raises(ValueError, match="vocabulary ends at 198"):
         method(model, tlnp.PromptPairs(prompts.clean + 500, prompts.corrupted, prompts.answers, prompts.wrong_answers))

@@ -314,9 +314,9 @@ def test_a_constant_metric_is_named(toy: Toy) -> None:
 
 @pytest.mark.parametrize(("change", "error", "text"), [
     ({"n_random": 0}, ValueError, "n_random=0; it must be a whole number, 1 or more"),
-    ({"n_subsets": 2.5}, ValueError, "n_subsets=2.5"),
+    ({"n_subsets": 2.5}, TypeError, "n_subsets=2.5"),
     ({"batch_size": -1}, ValueError, "batch_size=-1"),
-    ({"max_units": True}, ValueError, "max_units=True"),
+    ({"max_units": True}, TypeError, "max_units=True"),
     ({"alpha": 1.0}, ValueError, "alpha=1.0; it must lie between 0 and 1"),
     ({"units": "heads"}, ValueError, "units='heads'; allowed: 'block', 'node'"),
     ({"held_out": "test"}, TypeError, "held_out must be PromptPairs, got str"),

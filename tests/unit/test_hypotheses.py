@@ -117,12 +117,23 @@ def test_a_tolerance_that_allows_anything_is_refused() -> None:
 
 
 def test_constant_scores_are_named() -> None:
-    with pytest.raises(ValueError, match="scores that differ between prompts; the full model's are 2 on all"):
+    with pytest.raises(ValueError, match="scores that differ between prompts; those of full are 2 on all"):
         independence(normal(20), torch.full((20,), 2.0))
-    with pytest.raises(ValueError, match="the complement's are 0 on all"):
+    with pytest.raises(ValueError, match="those of complement are 0 on all"):
         independence(torch.zeros(20), normal(20))
 
 
 def test_not_made_is_nan_and_says_why() -> None:
     found = HypothesisTest.not_made("equivalence", "too few.")
     assert math.isnan(found.p_value) and found.passed is None and found.sentence == "Not tested: too few."
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_broken_score_is_an_error_not_a_loss(value: float) -> None:
+    broken = normal(30)
+    broken[4] = value
+    for call in (lambda: equivalence(broken, normal(30)), lambda: equivalence(normal(30), broken),
+                 lambda: independence(broken, normal(30)), lambda: minimality(broken, normal(200).abs()),
+                 lambda: minimality(normal(3), broken.repeat(10))):
+        with pytest.raises(FloatingPointError, match="NaN or inf in the scores"):
+            call()

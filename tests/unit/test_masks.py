@@ -24,12 +24,13 @@ Toy = tuple[Any, tlnp.PromptPairs]
     ({"granularities": []}, "granularities is empty"),
     ({"layers": [0, 3]}, "layer 3 does not exist; this model has layers 0 to 2"),
     ({"layers": [-4]}, "layer -4 does not exist"),
-    ({"layers": ["0"]}, "layer '0' does not exist"),
+    ({"layers": ["0"]}, "layers must be .*several whole numbers.*but it holds '0'"), ({"layers": True}, "layers=True; it must be"),
+    ({"layers": [True]}, "layers must be .*but it holds True"), ({"gate": tlnp.HardConcrete}, "gate must be a Gate, got the class Hard"),
     ({"layers": []}, "layers is empty"),
     ({"ablation": "noise"}, "unknown ablation 'noise'; allowed: interchange, mean, zero, optimal"),
 ])
 def test_refusals_attach_nothing(toy: Toy, no_hooks_left: Callable[[Any], None], options: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         toy[0].add_node_masks(**options)
     no_hooks_left(toy[0])
 

@@ -82,7 +82,7 @@ def test_from_strings_refuses(toy: Toy) -> None:
         make(clean, corrupted, [" dragon"], [" he"])
     with pytest.raises(ValueError, match="prompts have 41 tokens, but the model's context is 32"):
         make(["Mary " * 40], ["John " * 40], [" she"], [" he"])  # not cut off in silence
-    with pytest.raises(TypeError, match="wrong_answers must be a string or a list of strings, got 7"):
+    with pytest.raises(TypeError, match="wrong_answers must be several strings or lists of them, but it holds 7"):
         make(clean, corrupted, [" she"], [7])
     with pytest.raises(ValueError, match="'clean': 0"):
         make([], [], [], [])
@@ -257,3 +257,19 @@ def test_prompts_differ_where_their_real_tokens_or_answer_positions_do() -> None
     ids, mask = torch.tensor([[5, 6, 0]] * 4), torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1]])
     pairs = tlnp.PromptPairs(ids, ids, torch.ones(4, dtype=torch.long), torch.zeros(4, dtype=torch.long), mask, torch.tensor([1, 2, 2, 1]))
     assert pairs.distinct().tolist() == [0, 1, 1, 2] and len(pairs.without_repeats()) == 3
+
+
+@pytest.mark.parametrize("padding", [-math.inf, 0.5, math.nan, -1e4, 2])
+def test_masks_of_another_kind_are_refused(toy: Toy, padding: float) -> None:
+    """Read as true and false an additive mask is the wrong way round."""
+    prompts = toy[1]
+    mask = prompts.attention_mask.float().masked_fill(~prompts.attention_mask, padding)  # type: ignore[union-attr]
+    mask[0, -1] = padding
+    with pytest.raises(ValueError, match="attention_mask holds other values than 0 .* and 1"):
+        tlnp.PromptPairs(prompts.clean, prompts.corrupted, prompts.answers, prompts.wrong_answers, mask)
+
+
+def test_batches_of_no_prompts_are_refused(toy: Toy) -> None:
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size={size}; it must be a whole number, 1 or more"):
+            list(toy[1].batches(size))

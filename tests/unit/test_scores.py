@@ -80,9 +80,9 @@ def test_effects_rank_what_helps_first_in_both_directions(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize(("size", "text"), [(1.5, "size=1.5; give a share of 0.0 to 1.0"), (-1, "a count of 0 to 15"), (16, "size=16"),
-                                            (True, "size=True")])
+                                            (True, "size=True; it must be a number")])
 def test_sizes_outside_are_named(toy: Toy, size: Any, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(TypeError if size is True else ValueError, match=text):
         random_scores(toy[0], COARSE).top(size)
 
 

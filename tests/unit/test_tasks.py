@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 import tl_nodeprune as tlnp
+from tl_nodeprune import tasks
 
 Toy = tuple[Any, tlnp.PromptPairs]
 
@@ -42,3 +47,30 @@ def test_errors(toy: Toy) -> None:
         tlnp.toy.load("chess")
     with pytest.raises(ValueError, match="unknown model_class 'Other'"):
         tlnp.toy.load(model_class="Other")
+
+
+def llama_like(words: list[str], folder: Path, unk: str = "<unk>") -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a space before every text, as Llama 2's: " Mary" alone is two tokens, after a prompt one."""
+    vocabulary = {word: i for i, word in enumerate(["<s>", unk, "\u2581", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unk))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token=unk, pad_token="<s>").save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text(fresh_toy: Toy, tmp_path: Path) -> None:
+    model, _ = fresh_toy
+    texts = [text for rng in [random.Random(0)] for _ in range(300) for text in tasks.ioi_row(rng, tasks.Words())[:2]]
+    names = {f"\u2581{name}" for name in tasks.FEMALE + tasks.MALE}
+    words = sorted({f"\u2581{word}" for text in texts for word in text.split(" ")} | names)
+    model.tokenizer = llama_like(words, tmp_path)
+    assert len(model.tokenizer.encode(" Mary", add_special_tokens=False)) == 2
+    prompts = tlnp.tasks.ioi(model, n=20, seed=0)
+    for tokens in (prompts.answers, prompts.wrong_answers):
+        assert set(model.tokenizer.convert_ids_to_tokens(tokens.tolist())) <= names
+    built = tlnp.PromptPairs.from_strings(model, ["When Mary and John"], ["When Anna and Tom"], [" gave"], ["Mary"])
+    assert model.tokenizer.convert_ids_to_tokens([*built.answers, *built.wrong_answers]) == ["\u2581gave", "\u2581Mary"]
+    with pytest.raises(ValueError, match="the answer ' Zoe' is not in the model's vocabulary"):
+        tlnp.PromptPairs.from_strings(model, ["When Mary and John"], ["When Anna and Tom"], [" Zoe"], [" Mary"])

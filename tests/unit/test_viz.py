@@ -192,7 +192,7 @@ def test_errors(toy: Toy, other_model: Any) -> None:
         tlnp.viz.kept_heads(model, some_circuit(model, ("mlp",)), prompts)
     circuit = some_circuit(model)
     for view in (tlnp.viz.kept_neurons, tlnp.viz.pruned_neurons, tlnp.viz.kept_heads, tlnp.viz.token_effects):
-        with pytest.raises(TypeError, match="circuit must be a Circuit, a PruneResult or a Report, got str; Circuit.load"):
+        with pytest.raises(TypeError, match="circuit must be a Circuit, a PruneResult or a Report, got str; .*Circuit.load"):
             view(model, "circuit.safetensors", prompts)  # type: ignore[operator]
         with pytest.raises(TypeError, match="prompts must be PromptPairs, got list"):
             view(model, circuit, ["Mary"])  # type: ignore[operator]
@@ -205,3 +205,21 @@ def test_errors(toy: Toy, other_model: Any) -> None:
     bad = tlnp.PromptPairs(prompts.clean + 500, prompts.corrupted, prompts.answers, prompts.wrong_answers)
     with pytest.raises(ValueError, match="clean holds token id .* vocabulary ends at 198"):
         tlnp.viz.kept_neurons(model, some_circuit(model), bad)
+
+
+def test_a_long_prompt_stays_small_in_a_notebook(toy: Toy) -> None:
+    """Four hundred tokens: what is drawn is capped, and the captions say so."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = GPT2Config(n_layer=4, n_head=12, n_embd=48, n_positions=400, vocab_size=199, attn_implementation="eager")
+        hf = GPT2LMHeadModel(config).eval()
+        model = TransformerBridge.boot_transformers("gpt2", hf_model=hf, tokenizer=toy[0].tokenizer, device="cpu").eval()
+        clean, corrupted = torch.randint(3, 199, (2, 1, 400))
+    prompts = tlnp.PromptPairs(clean, corrupted, torch.tensor([3]), torch.tensor([4]))
+    circuit = tlnp.Circuit.full(find_nodes(model).restrict(["head", "mlp_neuron"]))
+    views = {make.__name__: str(make(model, circuit, prompts)) for make in (tlnp.viz.kept_heads, tlnp.viz.kept_neurons)}
+    assert {name: len(view) < 3e6 for name, view in views.items()} == dict.fromkeys(views, True), {n: len(v) for n, v in views.items()}
+    assert "the largest gates of 48, on the last 100 of 400 tokens" in views["kept_heads"]

@@ -349,7 +349,7 @@ CIRCUIT = random_circuit()
 
 
 @pytest.mark.parametrize(("call", "error", "text"), [
-    (lambda viz: viz.mask_map("c.safetensors"), TypeError, "circuit must be a Circuit, a PruneResult or a Report, got str; Circuit.load"),
+    (lambda viz: viz.mask_map("c.safetensors"), TypeError, "circuit must be a Circuit, a PruneResult or a Report, got str; .*Circuit.load"),
     (lambda viz: viz.compare(CIRCUIT, None), TypeError, "circuit_b must be a Circuit, a PruneResult or a Report, got NoneType"),
     (lambda viz: viz.compare(CIRCUIT, random_circuit(2)), ValueError, "the two circuits are over different nodes"),
     (lambda viz: viz.mask_map(CIRCUIT, effects=torch.ones(3)), TypeError, "effects must be a mapping from hook name to tensor, got Tensor"),
@@ -359,7 +359,7 @@ CIRCUIT = random_circuit()
      r"effects\['blocks.0.attn.hook_z'\] is \[2, 4\], the circuit's mask there is \[3, 4\]"),
     (lambda viz: viz.neuron_map(CIRCUIT, "head"), ValueError, "granularity='head'; neuron_map shows mlp_neuron, attn_neuron, mlp_out"),
     (lambda viz: viz.neuron_map(random_circuit(only=("head",))), ValueError, "no neuron nodes; it has head"),
-    (lambda viz: viz.history(CIRCUIT), TypeError, "history needs a PruneResult, got Circuit"),
+    (lambda viz: viz.history(CIRCUIT), TypeError, "result must be a PruneResult, got Circuit"),
     (lambda viz: viz.history(result_of(CIRCUIT, True, 0.1, [])), ValueError, "history of this result is empty"),
     (lambda viz: viz.frontier(), ValueError, "frontier needs a PruneResult, a Sweep, or a DataFrame"),
     (lambda viz: viz.frontier([1]), TypeError, "frontier takes a PruneResult, a Sweep or a DataFrame, got list as source 0"),
@@ -368,7 +368,7 @@ CIRCUIT = random_circuit()
      "these sources measure different losses, KL and lost"),
     (lambda viz: viz.frontier(pd.DataFrame({"size": [1], "KL": [1]})), ValueError, "source 0 has no column kl, method"),
     (lambda viz: viz.frontier(pd.DataFrame({"size": [], "kl": [], "method": []})), ValueError, "no run and no point"),
-    (lambda viz: viz.agreement(CIRCUIT, None), TypeError, "agreement needs effects"),
+    (lambda viz: viz.agreement(CIRCUIT, None), TypeError, "effects must be a mapping from hook name to tensor, got NoneType"),
     (lambda viz: viz.agreement(random_circuit(only=("attn_neuron",)), {"blocks.0.attn.hook_z": torch.ones(3, 4)}), ValueError,
      "effects has no attn_neuron nodes to compare"),
     (lambda viz: viz.node_table({}), TypeError, "got dict"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.hooks import find_attachment
 from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.masks import NodeMasks, add_node_masks
@@ -58,20 +61,23 @@ class Estimate:
         return f"about {self.seconds:.0f} s and {self.peak / 2**30:.2f} GiB\n{self.to_frame().round(1).to_string(index=False)}"
 
 
-def estimate(model: Any, prompts: PromptPairs, *, held_out: PromptPairs | None = None, granularities: Any = None, layers: Any = None,
-             ablation: Any = "interchange", steps: int | None = None, batch_size: int = 64, step_prompts: int | None = None,
-             cache_bytes: int = 2 << 30) -> Estimate:
+def estimate(model: Any, prompts: PromptPairs, *, held_out: PromptPairs | None = None, granularities: str | Iterable[str] | None = None,
+             layers: int | Iterable[int] | None = None, ablation: str | Ablation = "interchange", steps: int | None = None,
+             batch_size: int = 64, step_prompts: int | None = None, cache_bytes: int = 2 << 30) -> Estimate:
     """Time a few steps on some of the prompts, and say what `prune(max_kl=...)` will take on all of them. The model is left as it was.
 
     model: with masks attached these are used, and granularities, layers and ablation are theirs; else as `add_node_masks` takes them. All
     other arguments as in `prune`. Raises what `add_node_masks` and `prune` raise.
     """
+    check_types(estimate, locals())
     settings = Settings(steps, batch_size, step_prompts, cache_bytes)
     attached = find_attachment(model)
     masks = attached.owner if attached is not None and isinstance(attached.owner, NodeMasks) else add_node_masks(
         model, granularities, layers, ablation)
     try:
         searchable(masks, prompts, stacklevel=3)
+        if held_out is not None:
+            held_out.check_fits(model, "held_out")
         searched, held = set_aside(prompts, held_out, 0)
         with masks.inactive():
             return _measured(masks, searched, held, settings)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from tl_nodeprune.checks import check_counts
+from tl_nodeprune.checks import check_counts, check_logits, check_number, check_types
 from tl_nodeprune.gates import HardConcrete
-from tl_nodeprune.losses import check_finite, kl_divergence
+from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.masks import NodeMasks
 from tl_nodeprune.nodes import GRANULARITIES
 from tl_nodeprune.prompts import PromptPairs
@@ -48,16 +48,20 @@ class PaperObjective:
     weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_types(PaperObjective, vars(self))
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam={self.lam}; the paper's coefficient lies between 0 and 1.")
         unknown = set(self.weights) - set(GRANULARITIES)
         if unknown:
             raise ValueError(f"weights for unknown granularities {sorted(unknown)}; allowed: {', '.join(GRANULARITIES)}.")
         check_counts(steps=self.steps, batch_size=self.batch_size)
-        for name in ("lr", "lr_end", "warmup", "weight_decay", "max_grad_norm"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        numbers = {name: getattr(self, name) for name in ("lr", "lr_end", "warmup", "weight_decay", "max_grad_norm")}
+        for name, value in (numbers | {f"weights[{name!r}]": weight for name, weight in self.weights.items()}).items():
+            check_number(name, value)
+            if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value!r}; it must be a finite number, 0 or more.")
+        if self.hinge is not None and not math.isfinite(self.hinge):
+            raise ValueError(f"hinge={self.hinge}; it must be a finite number of logits, or None.")
 
     def train(self, masks: NodeMasks, reference: Reference, generator: torch.Generator,
               record: Callable[[int, float, int, float], None], over: Callable[[], bool] = lambda: False) -> None:
@@ -81,7 +85,7 @@ class PaperObjective:
                 stand_ins = reference.stand_ins(rows)
             with masks.sampling(generator), masks.standing_in(stand_ins):
                 logits = reference.logits(reference.prompts[rows])
-            check_finite(logits, f"the circuit at step {step}")
+            check_logits(logits, f"the circuit at step {step}")
             kl = kl_divergence(logits, reference.full[rows.to(reference.full.device)]).mean()
             loss = (1 - lam) * (kl + self._hinge(logits, reference.prompts[rows])) + lam * self.sparsity(masks)
             optimizer.zero_grad()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from tl_nodeprune.checks import check_counts
-from tl_nodeprune.circuit import Circuit, check_circuit
+from tl_nodeprune.checks import check_counts, check_seed, check_types
+from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.losses import LossFn, kl_divergence
 from tl_nodeprune.masks import NodeMasks
 from tl_nodeprune.probe import device_of, peak_memory
-from tl_nodeprune.prompts import PromptPairs, check_pairs
+from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.reference import Reference
 from tl_nodeprune.scores import NodeScores
 from tl_nodeprune.search.budget import Budget, budget_of
@@ -68,15 +68,16 @@ def prune(
     applied, or the model is in training mode with dropout; FloatingPointError at the step where logits or the loss are NaN or inf. The
     model and the masks are then as before.
     """
+    check_types(prune, locals())
     budget = budget_of(masks.space, max_kl=max_kl, agreement=agreement, max_nodes=max_nodes, loss=loss, max_loss=max_loss,
                        objective=objective)
     _check_start(masks, start, objective)
     model = searchable(masks, prompts, stacklevel=3)
+    check_seed(seed)
     settings = Settings(steps, batch_size, step_prompts, cache_bytes, seed, time_limit, checkpoint)
     check_counts(0, exact_tests=exact_tests)
     if held_out is not None:
-        check_pairs(held_out, "held_out")
-        held_out.check_fits(model)
+        held_out.check_fits(model, "held_out")
         held_out.check_corrupted(masks.asked_ablation.name)
     searched, held = set_aside(prompts, held_out, seed)
     saved = None if checkpoint is None else Checkpoint(checkpoint, asked(
@@ -100,7 +101,6 @@ def _check_start(masks: NodeMasks, start: Circuit | None, objective: PaperObject
         return
     if objective is not None:
         raise ValueError("start goes with max_kl, max_nodes or a loss; an objective starts from scores of its own.")
-    check_circuit(start, "start")
     if start.space.shapes != masks.space.shapes:
         raise ValueError(f"start is a circuit over other nodes, {', '.join(start.space.granularities)} in layers {start.space.layers}, "
                          f"than these masks ({', '.join(masks.space.granularities)} in layers {masks.space.layers}).")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tl_nodeprune.checks import check_seed, check_types
 from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.losses import LossFn, distance, kl_divergence
 from tl_nodeprune.masks import NodeMasks
@@ -26,6 +27,8 @@ def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence
     Raises: ValueError for a loss that is the same with every node ablated, or "optimal" ablation, whose constants differ from size to
     size; and what `prune` raises.
     """
+    check_types(rank, locals())
+    check_seed(seed)
     settings = Settings(steps, batch_size, step_prompts, cache_bytes, seed)
     if masks.asked_ablation.name == "optimal":
         raise ValueError('"optimal" ablation learns constants that differ from size to size, so there is no one ranking under it; '

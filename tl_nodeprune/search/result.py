@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 import torch
 
+from tl_nodeprune.checks import check_counts, check_types
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.masks import NodeMasks
@@ -88,6 +89,8 @@ class PruneResult:
         Raises: ValueError for a budget that is missing, doubled, out of range, or that no circuit of the frontier meets, a result that has
         no frontier (an objective's, or one within limits by granularity), and masks over other nodes.
         """
+        check_types(PruneResult.at, locals())
+        check_counts(0, exact_tests=exact_tests)
         if self.frontier.empty or self.ranking is None:
             raise ValueError("this result has no frontier: it is an objective's or one within limits by granularity. Search with max_kl.")
         if agreement is not None and finish is None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import pandas as pd
@@ -16,13 +15,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_nodeprune.ablation import Ablation, as_ablation
-from tl_nodeprune.checks import check_agreement, check_counts, check_several
+from tl_nodeprune.checks import check_agreement, check_counts, check_model, check_seed, check_several, check_types
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import Evaluation, evaluate
 from tl_nodeprune.masks import add_node_masks
 from tl_nodeprune.parallel import in_tasks, is_loader
 from tl_nodeprune.probe import device_of, find_nodes
-from tl_nodeprune.prompts import PromptPairs, check_pairs
+from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.search.prune import prune
 from tl_nodeprune.search.result import PruneResult
 
@@ -63,6 +62,7 @@ class Sweep:
 
         Raises: ValueError for a max_kl that was not swept.
         """
+        check_types(Sweep.frequency, locals())
         circuits = self._circuits(max_kl).values()
         return {hook: torch.stack([circuit[hook] for circuit in circuits]).mean(0) for hook in next(iter(circuits))}
 
@@ -71,6 +71,7 @@ class Sweep:
 
         Raises: ValueError for a max_kl that was not swept.
         """
+        check_types(Sweep.iou, locals())
         circuits = self._circuits(max_kl)
         table = {seed: {other: circuit.iou(circuits[other]) for other in circuits} for seed, circuit in circuits.items()}
         return pd.DataFrame(table).rename_axis(index="seed", columns="seed")
@@ -83,6 +84,7 @@ class Sweep:
 
         Raises: ValueError for a max_kl that was not swept, or a share that is not above 0 and at most 1.
         """
+        check_types(Sweep.consensus, locals())
         if not 0 < share <= 1:
             raise ValueError(f"share={share}; it must be above 0 and at most 1 (1: only nodes that every seed's circuit keeps).")
         circuits = list(self._circuits(max_kl).values())
@@ -125,9 +127,10 @@ class _Work:
 
 
 def sweep(
-    model: Any, prompts: PromptPairs, *, max_kl: Sequence[float] = (0.02, 0.05, 0.1, 0.2), seeds: Sequence[int] = (0, 1, 2),
-    granularities: Iterable[str] | None = None, ablation: str | Ablation = "interchange", share: float = 0.75,
-    agreement: float | None = None, steps: int | None = None, batch_size: int = 64, executor: Executor | None = None, progress: bool = True,
+    model: Any | Callable[[], Any], prompts: PromptPairs, *, max_kl: Sequence[float] = (0.02, 0.05, 0.1, 0.2),
+    seeds: Sequence[int] = (0, 1, 2), granularities: str | Iterable[str] | None = None, ablation: str | Ablation = "interchange",
+    share: float = 0.75, agreement: float | None = None, steps: int | None = None, batch_size: int = 64,
+    executor: Executor | None = None, progress: bool = True,
 ) -> Sweep:
     """The smallest circuit within each budget of `max_kl` (nats), for each seed: size against held-out KL, and how stable it is.
 
@@ -152,14 +155,13 @@ def sweep(
     executor's processes cannot be given; RuntimeError where node masks or a circuit are attached; all before any search begins. Then
     what `prune` raises; tasks not begun are cancelled.
     """
+    check_types(sweep, locals())
     check_counts(steps=1 if steps is None else steps, batch_size=batch_size)
     check_agreement(agreement)
     search = {"steps": steps, "batch_size": batch_size}
     works = _works(prompts, _budgets(max_kl), _seeds(seeds), share, granularities, as_ablation(ablation), agreement, search)
-    if executor is not None and not isinstance(executor, Executor):
-        raise TypeError(f"executor must be a concurrent.futures.Executor or None, got {type(executor).__name__}; "
-                        "for a Dask client give client.get_executor().")
     if not is_loader(model):
+        check_model(model)
         _check(model, works[0])
     with tqdm(total=len(works) * len(works[0].budgets), desc="sweep", disable=not progress) as bar:
         if executor is None:
@@ -171,23 +173,25 @@ def sweep(
 
 
 def _works(prompts: PromptPairs, budgets: tuple[float, ...], seeds: tuple[int, ...], share: float,
-           granularities: Iterable[str] | None, ablation: Ablation, agreement: float | None, search: dict[str, Any]) -> list[_Work]:
-    check_pairs(prompts)
+           granularities: str | Iterable[str] | None, ablation: Ablation, agreement: float | None, search: dict[str, Any]) -> list[_Work]:
     names = (granularities,) if isinstance(granularities, str) else None if granularities is None else tuple(granularities)
     prompts.split(share, seeds[0])  # raises where they cannot be, before any search
     return [_Work(seed, budgets, prompts, share, names, ablation, agreement, search) for seed in seeds]
 
 
-def _budgets(given: Any) -> tuple[float, ...]:
-    values = check_several("max_kl", given, Real, "(0.05, 0.1)")
+def _budgets(given: Sequence[float]) -> tuple[float, ...]:
+    values = check_several("max_kl", given, "(0.05, 0.1)")
     for value in values:
         if not 0 < value < float("inf"):
             raise ValueError(f"max_kl={values} holds {value}; each must be a finite number above 0 (nats).")
     return tuple(sorted(float(value) for value in values))
 
 
-def _seeds(given: Any) -> tuple[int, ...]:
-    return tuple(int(value) for value in check_several("seeds", given, Integral, "(0, 1, 2)"))
+def _seeds(given: Sequence[int]) -> tuple[int, ...]:
+    values = check_several("seeds", given, "(0, 1, 2)")
+    for value in values:
+        check_seed(value)
+    return tuple(int(value) for value in values)
 
 
 def _check(model: Any, work: _Work) -> None:

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tl_nodeprune import tasks
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.prompts import PromptPairs
+
+__all__ = ["load"]
 
 FOLDER = Path(__file__).parent
 NAME = "tl_nodeprune-toy"
@@ -32,15 +36,17 @@ def load(task: str = "ioi", *, n: int = 200, seed: int = 0, model_class: str = "
 
     Raises: ValueError for another task or class; ImportError where TransformerLens has no HookedTransformer.
     """
+    check_types(load, locals())
     if task not in tasks.ROWS:
         raise ValueError(f"unknown task {task!r}; the embedded model knows {', '.join(tasks.ROWS)}.")
     if model_class not in ("TransformerBridge", "HookedTransformer"):
         raise ValueError(f"unknown model_class {model_class!r}; allowed: 'TransformerBridge', 'HookedTransformer'.")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(FOLDER)
-    hf = GPT2LMHeadModel(CONFIG(vocab_size=len(tokenizer)))
-    hf.load_state_dict(safetensors.torch.load_file(FOLDER / "model.safetensors"), strict=False)
-    hf.tie_weights()
-    model = (_bridge if model_class == "TransformerBridge" else _hooked)(hf.eval(), tokenizer)
+    with torch.random.fork_rng(devices=[]):  # models are made with random weights first
+        hf = GPT2LMHeadModel(CONFIG(vocab_size=len(tokenizer)))
+        hf.load_state_dict(safetensors.torch.load_file(FOLDER / "model.safetensors"), strict=False)
+        hf.tie_weights()
+        model = (_bridge if model_class == "TransformerBridge" else _hooked)(hf.eval(), tokenizer)
     return model, tasks.make(task, model, n, seed)
 
 

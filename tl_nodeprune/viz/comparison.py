@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.nodes import GateKey, node_name
 from tl_nodeprune.viz.maps import PRUNED, head_shares, live_scale, values_texts
@@ -26,6 +27,9 @@ def compare(circuit_a: HasCircuit, circuit_b: HasCircuit, *, names: tuple[str, s
     Raises: TypeError for what is no circuit or no mapping; ValueError where the two are over different nodes, or for scores or effects
     of other hooks or shapes.
     """
+    check_types(compare, locals())
+    if len(names) != 2:
+        raise ValueError(f"names={tuple(names)!r}; give two, one for each circuit.")
     a, b = circuit_of(circuit_a, "circuit_a"), circuit_of(circuit_b, "circuit_b")
     check_values(a, scores, "scores")
     check_values(a, effects, "effects")

@@ -15,6 +15,7 @@ from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 from tl_nodeprune.agreement import auroc
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.search import PruneResult, Sweep
 from tl_nodeprune.viz.values import TITLES, HasCircuit, Values, check_values, circuit_of, heading, hover, nodes_frame, state, title
 
@@ -33,6 +34,7 @@ def history(result: PruneResult, *, task: str = "") -> go.Figure:
 
     Raises: TypeError for what is no PruneResult; ValueError where its history is empty.
     """
+    check_types(history, locals())
     if not isinstance(result, PruneResult):
         raise TypeError(f"history needs a PruneResult, got {type(result).__name__}; `prune` returns one.")
     if not result.history:
@@ -70,6 +72,7 @@ def frontier(*sources: PruneResult | Sweep | pd.DataFrame, names: Sequence[str] 
     Raises: TypeError for another type; ValueError where there is no source, a column is missing, there is no point, a PruneResult has no
     frontier or another loss than the other sources, or names are not as many as PruneResults and Sweeps, all different.
     """
+    check_types(frontier, {"names": names, "task": task})
     if not sources:
         raise ValueError("frontier needs a PruneResult, a Sweep, or a DataFrame with the columns size, kl and method.")
     ours = [source for source in sources if isinstance(source, PruneResult | Sweep)]
@@ -100,6 +103,7 @@ def agreement(circuit: HasCircuit, effects: Values, *, scores: Values | None = N
     AUROC: the chance that a kept node has a larger absolute effect than a pruned one, ties half; 0.5 by chance.
     Raises: TypeError for what is no circuit or no mapping; ValueError for effects or scores of other hooks or shapes.
     """
+    check_types(agreement, locals())
     circuit = circuit_of(circuit)
     if effects is None:
         raise TypeError("agreement needs effects, a mapping from hook name to tensor; see crosscheck.activation_patching.")
@@ -186,6 +190,8 @@ def _points(source: object, index: int, called: Iterator[str]) -> pd.DataFrame:
     missing = [name for name in _COLUMNS if name not in source]
     if missing:
         raise ValueError(f"source {index} has no column {', '.join(missing)}; a DataFrame needs {', '.join(_COLUMNS)}.")
+    if not all(pd.api.types.is_numeric_dtype(source[name]) for name in ("size", "kl")):
+        raise TypeError(f"the columns size and kl of source {index} must hold numbers.")
     return _noted(source[list(_COLUMNS)].assign(kind="line", about=""))
 
 

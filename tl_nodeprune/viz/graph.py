@@ -9,6 +9,7 @@ from itertools import product
 import numpy as np
 import plotly.graph_objects as go
 
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.nodes import GateKey, node_name
 from tl_nodeprune.viz.values import DIVERGING, HasCircuit, Values, check_values, circuit_of, colorbar, effect_of, heading, height, score_of
@@ -46,6 +47,7 @@ def circuit_graph(circuit: HasCircuit, *, scores: Values | None = None, effects:
 
     Raises: TypeError for what is no circuit or no mapping; ValueError for an empty circuit, or scores or effects of other hooks or shapes.
     """
+    check_types(circuit_graph, locals())
     circuit = circuit_of(circuit)
     check_values(circuit, scores, "scores")
     check_values(circuit, effects, "effects")

@@ -13,6 +13,7 @@ from einops import reduce
 from plotly.colors import sequential
 from plotly.subplots import make_subplots
 
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.nodes import GateKey, node_name
 from tl_nodeprune.viz.values import (
@@ -41,6 +42,7 @@ def mask_map(circuit: HasCircuit, *, scores: Values | None = None, effects: Valu
 
     Raises: TypeError for what is no circuit or no mapping; ValueError for scores or effects of other hooks or shapes.
     """
+    check_types(mask_map, locals())
     circuit = _checked(circuit, scores, effects)
     space, layers = circuit.space, [str(layer) for layer in circuit.space.layers]
     heads, last = head_shares(circuit), 1
@@ -74,6 +76,7 @@ def neuron_map(circuit: HasCircuit, granularity: str | None = None, *, scores: V
     granularity: "mlp_neuron", "attn_neuron" (index = head * d_head + dim) or "mlp_out"; None: the first of these that is gated.
     Raises: ValueError where the circuit has no such nodes, or none of them is live; and as `mask_map`.
     """
+    check_types(neuron_map, locals())
     circuit = _checked(circuit, scores, effects)
     name = _neurons(circuit, granularity)
     nodes = nodes_frame(circuit, name, scores=scores, effects=effects)

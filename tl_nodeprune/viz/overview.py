@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import evaluate
 from tl_nodeprune.prompts import PromptPairs
@@ -30,6 +31,7 @@ def overview(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, task: str
     Raises: TypeError for what is no circuit or no PromptPairs; ValueError where something does not fit the model or the circuit;
     RuntimeError where a circuit is applied.
     """
+    check_types(overview, locals())
     found, circuit = circuit, circuit_of(circuit)
     if scores is None and isinstance(found, PruneResult):
         scores = found.scores

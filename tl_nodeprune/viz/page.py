@@ -18,8 +18,9 @@ from plotly.basedatatypes import BaseFigure
 from plotly.offline import get_plotlyjs
 
 from tl_nodeprune import files
+from tl_nodeprune.checks import check_types
 
-Item: TypeAlias = "go.Figure | RenderedHTML | pd.DataFrame | str"
+Item: TypeAlias = go.Figure | RenderedHTML | pd.DataFrame | str
 CAPTION = '<p class="caption">{}</p>\n'
 
 
@@ -32,6 +33,7 @@ def save_html(path: str | Path, *figures: Item, title: str = "tl_nodeprune") -> 
     Returns the path. Raises: ValueError where nothing is given, or an empty name; TypeError for anything else; FileNotFoundError where
     the folder does not exist; FileExistsError at a symbolic link, a device or a pipe; OSError where the file cannot be written.
     """
+    check_types(save_html, {"path": path, "title": title})
     if not figures:
         raise ValueError("save_html has nothing to write; give one figure or more.")
     for number, item in enumerate(figures):

@@ -12,16 +12,18 @@ from circuitsvis.utils.render import RenderedHTML
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.checks import check_counts
+from tl_nodeprune.checks import check_counts, check_types
 from tl_nodeprune.circuit import Circuit, full_logits
 from tl_nodeprune.hooks import capture, mask_hooks, temporary_hooks
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.probe import check_ready
-from tl_nodeprune.prompts import PromptPairs, check_pairs
+from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.viz.page import CAPTION, parts_of
 from tl_nodeprune.viz.values import HasCircuit, circuit_of
 
 Neuron = tuple[int, int]  # layer, index
+MOST_TOKENS, MOST_CELLS = 100, 150_000  # of attention patterns: queries and keys; in all, about a megabyte
+MOST_ACTIVATIONS = 60_000  # of both prompts together
 
 
 def kept_neurons(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, prompt: int = 0, most: int = 50) -> RenderedHTML:
@@ -29,10 +31,11 @@ def kept_neurons(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, promp
     it, on its corrupted one.
 
     prompt: which of the prompts. most: neurons shown at most, those of the largest absolute activation on either prompt, over all
-    layers; the caption says what is left out.
-    Raises: ValueError where the circuit has no live MLP neuron, or the circuit or the prompt does not fit the model; IndexError
-    where there is no such prompt; TypeError for what is no circuit or no PromptPairs; RuntimeError where a circuit is applied.
+    layers, fewer of a very long prompt; the caption says what is left out.
+    Raises: ValueError where the circuit has no live MLP neuron, or the circuit or the prompt does not fit the model, or there is
+    no such prompt; TypeError for what is no circuit or no PromptPairs; RuntimeError where a circuit is applied.
     """
+    check_types(kept_neurons, locals())
     return _strongest_neurons(model, circuit, prompts, prompt, most, live=True)
 
 
@@ -41,6 +44,7 @@ def pruned_neurons(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, pro
 
     Raises: ValueError where the circuit gates no MLP neuron, or cuts none; and as `kept_neurons`.
     """
+    check_types(pruned_neurons, locals())
     return _strongest_neurons(model, circuit, prompts, prompt, most, live=False)
 
 
@@ -55,6 +59,7 @@ def _strongest_neurons(model: Any, circuit: HasCircuit, prompts: PromptPairs, pr
     seen = _neurons(model, one, layers)
     peak = {layer: torch.stack([run[layer].abs().amax(0) for run in seen]).amax(0) for layer in layers}
     strength = torch.stack([peak[layer][i] for layer, i in nodes])
+    most = min(most, max(MOST_ACTIVATIONS // (2 * int(_real(one).sum())), 1))
     order = strength.argsort(descending=True, stable=True)[:most].tolist()
     picked, weakest = [nodes[i] for i in order], float(strength[order[-1]])
     rest = f"; the {len(nodes) - len(picked):,} left out stay within ±{weakest:.3g}" if len(picked) < len(nodes) else ""
@@ -65,24 +70,30 @@ def kept_heads(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, prompt:
     """Attention patterns of the full model's heads that the circuit keeps, on a clean prompt; each is named layer.head (gate), the
     gate being the share of its dims that is live.
 
-    most: heads shown at most, the largest gates first; the caption says how many there are.
+    most: heads shown at most, the largest gates first; fewer of long prompts, of which the last 100 tokens are shown, so that a notebook
+        stays small. The caption says what is left out.
     Raises: ValueError where the circuit keeps no head, or the model has no hook_pattern; and as `kept_neurons`.
     """
+    check_types(kept_heads, locals())
     circuit, one = _checked(model, circuit, prompts, prompt, most=most)
     gates = {(layer, int(head)): float(circuit[hook][head].mean()) for layer in circuit.space.layers
              if (hook := f"blocks.{layer}.attn.hook_z") in circuit for head in circuit[hook].any(1).nonzero()[:, 0]}
     if not gates:
         raise ValueError("this circuit keeps no head to show.")
+    real = _real(one).nonzero()[:, 0]
+    shown = real[-MOST_TOKENS:]
+    most = min(most, max(MOST_CELLS // len(shown) ** 2, 1))
     picked = sorted(sorted(gates, key=lambda node: -gates[node])[:most])
     names = {layer: f"blocks.{layer}.attn.hook_pattern" for layer, _ in picked}
     with masks_off(model):
         seen = capture(model, one.clean, list(names.values()))
     if missing := sorted(set(names.values()) - set(seen)):
         raise ValueError(f"the model's forward gave no attention pattern at {missing[0]}; load it with attn_implementation=\"eager\".")
-    real = _real(one)
-    patterns = torch.stack([seen[names[layer]][0, head][real][:, real].float().cpu() for layer, head in picked])
+    patterns = torch.stack([seen[names[layer]][0, head][shown][:, shown].double().cpu().round(decimals=5) for layer, head in picked])
     rest = f", the largest gates of {len(gates):,}" if len(picked) < len(gates) else ""
-    view = cv.attention.attention_heads(patterns, _tokens(model, one.clean[0][real]),  # drawn on a canvas: escapes would show
+    rest += f", on the last {len(shown):,} of {len(real):,} tokens" if len(shown) < len(real) else ""
+    tokens = _tokens(model, one.clean[0][real])[-len(shown):]
+    view = cv.attention.attention_heads(patterns, tokens,  # drawn on a canvas: escapes would show
                                         [f"{layer}.{head} ({gates[layer, head]:.2f})" for layer, head in picked])
     return _captioned(f"Attention of {len(picked):,} kept heads{rest}, named layer.head (gate: share of its dims that is live). "
                       f"Prompt: {_text(model, one.clean[0][real])}", view)
@@ -98,6 +109,7 @@ def token_effects(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, prom
 
     Raises: as `kept_neurons`, and where the ablation does not fit the prompt.
     """
+    check_types(token_effects, locals())
     circuit, one = _checked(model, circuit, prompts, prompt, batch_size=batch_size)
     both = (circuit, Circuit.full(circuit.space, circuit.ablation))
     values = [position_effects(model, which, one, batch_size=batch_size) for which in both]
@@ -139,8 +151,9 @@ def _run_without(model: Any, circuit: Circuit, batch: PromptPairs, positions: Se
 
 def _checked(model: Any, circuit: Any, prompts: PromptPairs, prompt: int, **counts: int) -> tuple[Circuit, PromptPairs]:
     circuit = circuit_of(circuit)
-    check_pairs(prompts)
     check_counts(**counts)
+    if not -len(prompts) <= prompt < len(prompts):
+        raise ValueError(f"prompt {prompt} does not exist; there are {len(prompts)}.")
     one = prompts[prompt]
     with masks_off(model):
         circuit.check_fits(model)
@@ -180,7 +193,7 @@ def _neurons(model: Any, one: PromptPairs, layers: Sequence[int]) -> list[dict[i
 
 
 def _neuron_view(model: Any, one: PromptPairs, seen: list[dict[int, Tensor]], picked: list[Neuron], what: str) -> RenderedHTML:
-    activations = [torch.stack([run[layer][:, i] for layer, i in picked], dim=1).unsqueeze(1) for run in seen]
+    activations = [torch.stack([run[layer][:, i] for layer, i in picked], dim=1).unsqueeze(1).double().round(decimals=6) for run in seen]
     tokens = [[html.escape(token) for token in _tokens(model, ids[0][_real(one)])] for ids in (one.clean, one.corrupted)]
     view = cv.activations.text_neuron_activations(
         tokens=tokens, activations=activations, first_dimension_name="Nodes", first_dimension_labels=["MLP neurons"],

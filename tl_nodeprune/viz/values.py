@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_nodeprune.checks import check_types
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.effects import Effects
 from tl_nodeprune.nodes import GateKey, spread
@@ -87,7 +88,10 @@ def check_values(circuit: Circuit, given: Values | None, name: str) -> None:
         raise ValueError(f"{name} has none of this circuit's hooks: it has {', '.join(map(str, list(given)[:4])) or 'nothing'}, "
                          f"the circuit {', '.join(list(circuit)[:4])}.")
     for hook in shared:
-        have, want = tuple(torch.as_tensor(given[hook]).shape), circuit.space.width(hook)
+        try:
+            have, want = tuple(torch.as_tensor(given[hook]).shape), circuit.space.width(hook)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name}[{hook!r}] must be a tensor, got {type(given[hook]).__name__}: {error}") from error
         if have != want and have not in [shape for key, shape in circuit.space.present.items() if key.hook == hook]:
             raise ValueError(f"{name}[{hook!r}] is {list(have)}, the circuit's mask there is {list(want)}; is it of another model?")
 
@@ -164,6 +168,7 @@ def node_table(circuit: HasCircuit, *, scores: Values | None = None, effects: Va
     live: only what the circuit keeps; False: all nodes, with a column "live".
     Raises: TypeError for what is no circuit or no mapping; ValueError for scores or effects of other hooks or shapes.
     """
+    check_types(node_table, locals())
     circuit = circuit_of(circuit)
     check_values(circuit, scores, "scores")
     check_values(circuit, effects, "effects")
