@@ -35,7 +35,8 @@ class Probe:
     def __init__(self, model: Any) -> None:
         self._n_layers, self._n_heads = int(model.cfg.n_layers), int(model.cfg.n_heads)
         self._table, self._readers = dict(model.hook_dict), _readers(model)
-        if any(f"blocks.{layer}.{name}" not in self._table for layer in range(self._n_layers) for name in (_PRE, _POST)):
+        wanted = [f"blocks.{layer}.{name}" for layer in range(self._n_layers) for name in (_PRE, _POST)]
+        if not wanted or any(name not in self._table for name in wanted):
             raise ValueError(f"{type(model).__name__} does not have hook_resid_pre and hook_resid_post in each of its {self._n_layers} "
                              "layers; only decoder-only models with one stack of `blocks` have nodes here.")
         self._seen: dict[str, Tensor] = {}
