@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation, as_ablation
-from tl_nodeprune.hooks import Attachment, HookFn, answer_logits, find_attachment, mask_hooks, remove_dead, temporary_hooks
+from tl_nodeprune.attachment import Attachment, HookFn, find_attachment, ledger_of, temporary_hooks
+from tl_nodeprune.hooks import answer_logits, mask_hooks
 from tl_nodeprune.nodes import GateKey, Gates, NodeSpace, combine, count_parameters, settle
 from tl_nodeprune.probe import check_ready, find_nodes
 from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.scope import Scope
 
 _FORMAT = "tl_nodeprune.circuit/1"
 
@@ -200,21 +202,16 @@ class Circuit(Mapping[str, Tensor]):
         masks = {hook: self._masks[hook].to(prompts.clean.device) for hook in closed}
         return mask_hooks(closed, masks.__getitem__, stand_ins.__getitem__)
 
-    @contextmanager
-    def applied(self, model: Any, prompts: PromptPairs) -> Iterator[None]:
+    def applied(self, model: Any, prompts: PromptPairs) -> Scope:
         """Inside, every forward of the model on `prompts.clean` runs the circuit only; afterwards no hook is left.
 
         Raises: what `fwd_hooks` raises; inside, ValueError for a forward on other prompts, whose stand-ins these would not be.
         """
-        attachment = Attachment(model, self.fwd_hooks(model, prompts), owner=self)
-        try:
-            with attachment.only_on(model, prompts.clean) if self.ablation.name == "interchange" else nullcontext():
-                yield
-        finally:
-            attachment.remove()
+        tokens = (lambda: prompts.clean) if self.ablation.name == "interchange" else None
+        return Attachment(model, partial(self.fwd_hooks, model, prompts), owner=self, tokens=tokens).on()
 
     def _check_use(self, model: Any, prompts: PromptPairs) -> None:
-        remove_dead(model)
+        ledger_of(model).clear()
         if find_attachment(model) is not None:
             raise RuntimeError("node masks or a circuit are attached to this model already; call model.remove_node_masks() "
                                "or leave the other circuit's `with` block first.")

@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 from transformer_lens import patching
 
 from tl_nodeprune.agreement import Agreement, GranularityAgreement, NodeScore, agreement
+from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.checks import check_counts
 from tl_nodeprune.effects import DIRECTIONS, Effects
-from tl_nodeprune.hooks import answer_logits, capture_nodes, mask_hooks, temporary_hooks
+from tl_nodeprune.hooks import answer_logits, capture_nodes, mask_hooks
 from tl_nodeprune.losses import LossFn, check_finite
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.nodes import GateKey, NodeSpace

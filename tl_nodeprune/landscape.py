@@ -11,9 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.attachment import HookFn, temporary_hooks
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.constants import RATE as CONSTANTS_RATE
-from tl_nodeprune.hooks import HookFn, capture_nodes, mask_hooks, temporary_hooks
+from tl_nodeprune.hooks import capture_nodes, mask_hooks
 from tl_nodeprune.losses import LossFn, check_finite, choice_hinge, kl_divergence
 from tl_nodeprune.nodes import GateKey, Gates, NodeSpace
 from tl_nodeprune.probe import device_of

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_nodeprune.hooks import answer_logits, capture, find_attachment, inactive
+from tl_nodeprune.attachment import inactive
+from tl_nodeprune.hooks import answer_logits, capture
 from tl_nodeprune.nodes import GRANULARITIES, HOOKS, GateKey, NodeSpace
 
 
@@ -28,7 +29,7 @@ def find_nodes(model: Any) -> NodeSpace:
         raise ValueError(f"{type(model).__name__} has no blocks.{n_layers - 1}.hook_resid_post; only decoder-only models "
                          "with one stack of `blocks` have nodes here.")
     tokens = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
-    with inactive(find_attachment(model)):
+    with inactive(model):
         seen = capture(model, tokens, names)
     shapes: dict[GateKey, tuple[int, ...]] = {}
     for layer in range(n_layers):

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_nodeprune.attachment import inactive
 from tl_nodeprune.checks import FILL, check_answers, check_mask, check_positions, check_tokens
-from tl_nodeprune.hooks import answer_logits, find_attachment, inactive
+from tl_nodeprune.hooks import answer_logits
 from tl_nodeprune.probe import device_of
 
 
@@ -225,7 +226,7 @@ def check_pairs(given: object, name: str = "prompts") -> None:
 def _logits(model: Any, prompts: PromptPairs) -> Tensor:
     prompts.check_fits(model)
     assert prompts.answer_positions is not None
-    with torch.no_grad(), inactive(find_attachment(model)):
+    with torch.no_grad(), inactive(model):
         return answer_logits(model, prompts.clean, prompts.answer_positions, sliced=False)
 
 

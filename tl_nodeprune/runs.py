@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.hooks import mask_hooks, temporary_hooks
+from tl_nodeprune.hooks import mask_hooks
 from tl_nodeprune.losses import check_finite, kl_divergence
 from tl_nodeprune.nodes import NodeSpace
 from tl_nodeprune.probe import rounding

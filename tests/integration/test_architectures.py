@@ -30,7 +30,8 @@ from integration_support import (
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import answer_logits, find_attachment
+from tl_nodeprune.attachment import find_attachment
+from tl_nodeprune.hooks import answer_logits
 from tl_nodeprune.landscape import Landscape, circuits_of
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.probe import can_slice, find_nodes

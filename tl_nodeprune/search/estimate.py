@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_nodeprune.hooks import find_attachment
+from tl_nodeprune.attachment import find_attachment
 from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.masks import NodeMasks, add_node_masks
 from tl_nodeprune.probe import device_of, peak_memory

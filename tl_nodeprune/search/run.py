@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_nodeprune.attachment import find_attachment
 from tl_nodeprune.checks import check_counts, check_number
-from tl_nodeprune.hooks import find_attachment
 from tl_nodeprune.landscape import STEP_COST, Landscape, circuits_of
 from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.masks import NodeMasks
