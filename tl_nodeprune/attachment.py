@@ -225,6 +225,11 @@ def find_attachment(model: Any) -> Attachment | None:
     return next((entry for entry in ledger_of(model).entries if entry.owner is not None and entry.live and entry.hooked), None)
 
 
+def hooks_of_others(model: Any) -> list[str]:
+    """The hook points that have hooks of somebody else's, such as the user's."""
+    return [name for name, point in dict(model.hook_dict).items() if not all(isinstance(h.user_hook, _Hook) for h in point.fwd_hooks)]
+
+
 def inactive(model: Any) -> Scope:
     """The model as if no masks and no circuit were attached, for as long as the block lasts. Raises RuntimeError where another thread is at
     work on the model."""

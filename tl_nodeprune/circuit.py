@@ -50,12 +50,12 @@ class Circuit(Mapping[str, Tensor]):
     @classmethod
     def full(cls, space: NodeSpace, ablation: Ablation = Ablation()) -> Circuit:  # noqa: B008
         """Every node kept."""
-        return cls(space, {key: torch.ones(shape) for key, shape in space.shapes.items()}, ablation)
+        return cls(space, {key: torch.ones(shape, dtype=torch.float32) for key, shape in space.shapes.items()}, ablation)
 
     @classmethod
     def empty(cls, space: NodeSpace, ablation: Ablation = Ablation()) -> Circuit:  # noqa: B008
         """No node kept: the ablated run."""
-        return cls(space, {key: torch.zeros(shape) for key, shape in space.shapes.items()}, ablation)
+        return cls(space, {key: torch.zeros(shape, dtype=torch.float32) for key, shape in space.shapes.items()}, ablation)
 
     def __getitem__(self, hook: str) -> Tensor:
         if hook not in self._masks:

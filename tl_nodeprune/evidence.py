@@ -184,7 +184,7 @@ def bootstrap(statistic: Any, *data: NDArray[Any], seed: int) -> tuple[float, fl
 
 
 def _check_fits(model: Any, circuit: Circuit, given: tuple[PromptPairs, ...]) -> None:
-    check_ready(model)
+    check_ready(model, gradient=True)
     circuit.check_fits(model)
     for prompts in given:
         prompts.check_fits(model)

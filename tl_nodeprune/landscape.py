@@ -49,7 +49,8 @@ class Landscape:
     def gates(self, flat: Tensor) -> Gates:
         """A flat vector as gate tensors; covered coarse gates open."""
         pieces = {key: piece.view(self.space.shapes[key]) for key, piece in zip(self.keys, flat.split(self.sizes), strict=True)}
-        return {key: pieces.get(key, torch.ones(shape, device=flat.device)) for key, shape in self.space.shapes.items()}
+        return {key: pieces.get(key, torch.ones(shape, device=flat.device, dtype=torch.float32))
+                for key, shape in self.space.shapes.items()}
 
     def circuit(self, kept: Bool[Tensor, "node"]) -> Circuit:
         """Kept nodes as a circuit, with the ablation and its constants as they are now."""

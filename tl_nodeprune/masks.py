@@ -36,7 +36,8 @@ class NodeMasks(nn.Module):
         self.space, self.gate = space, gate or HardConcrete()
         self.ablation = self.asked_ablation = as_ablation(ablation)  # the second stays as asked for, not fitted to any prompts here
         self.scores = nn.ParameterDict({
-            _name(key): nn.Parameter(torch.full(shape, self.gate.open_score, device=device)) for key, shape in space.shapes.items()
+            _name(key): nn.Parameter(torch.full(shape, self.gate.open_score, device=device, dtype=torch.float32))
+            for key, shape in space.shapes.items()
         })
         self._sampling = Scoped[tuple[torch.Generator | None] | None](None)
         self._stand_ins = Scoped[tuple[dict[str, Tensor], Tensor | None] | None](None)  # and the prompts that they are of, if of any
@@ -71,7 +72,7 @@ class NodeMasks(nn.Module):
     def expected_size(self) -> Tensor:
         """Expected number of live leaf nodes: sum over them of P(open) times P(open) of every gate above. Scalar, differentiable."""
         probability = {key: self.gate.probability(self.score(key)) for key in self.space.shapes}
-        total = torch.zeros((), device=self.score(next(iter(probability))).device)
+        total = torch.zeros((), device=self.score(next(iter(probability))).device, dtype=torch.float32)
         for key in self.space.free():
             live = probability[key]
             for parent in self.space.ancestors(key):
@@ -135,12 +136,20 @@ class NodeMasks(nn.Module):
 
     def attach(self, model: Any) -> NodeMasks:
         """Hang the masks on a model and freeze its weights, until `remove`. Raises RuntimeError where masks are attached already."""
+        attachment = self._attachment(model)
+        attachment.put_on()
+        return attachment.keep(self)
+
+    def on(self, model: Any) -> Scope:
+        """The same for the length of a `with` block."""
+        return self._attachment(model).on()
+
+    def _attachment(self, model: Any) -> Attachment:
         _check_free(model)
         attachment = Attachment(model, lambda: mask_hooks(self.space.hooks, self._mask_in_forward, self._stand_in), owner=self,
                                 tokens=lambda: stand_ins[1] if (stand_ins := self._stand_ins.now) else None, freeze=True)
         self._attached = (model, attachment)
-        attachment.put_on()
-        return attachment.keep(self)
+        return attachment
 
     def remove(self) -> None:
         """Take the masks off; weights get their requires_grad back. Does nothing the second time."""
@@ -181,12 +190,17 @@ def add_node_masks(model: Any, granularities: Iterable[str] | None = None, layer
     add to the residual stream; RuntimeError where masks or a circuit are attached already, or the model is in training mode with dropout;
     TypeError for what is no TransformerLens model. Nothing is attached then.
     """
+    return make_node_masks(model, granularities, layers, ablation, gate=gate).attach(model)
+
+
+def make_node_masks(model: Any, granularities: Iterable[str] | None = None, layers: Iterable[int] | None = None,
+                    ablation: str | Ablation = "interchange", *, gate: Gate | None = None) -> NodeMasks:
+    """What `add_node_masks` attaches, not attached. Raises what that raises."""
     chosen = as_ablation(ablation)
-    if hasattr(model, "hook_dict"):
-        _check_free(model)
-        check_ready(model)
+    _check_free(model)
+    check_ready(model, gradient=True)
     space = find_nodes(model).restrict(granularities, layers)
-    return NodeMasks(space, ablation=chosen, gate=gate, device=device_of(model)).attach(model)
+    return NodeMasks(space, ablation=chosen, gate=gate, device=device_of(model))
 
 
 def remove_node_masks(model: Any) -> None:

@@ -86,7 +86,7 @@ def read(model: Any, path: str | Path) -> NodeScores:
             raise ValueError(f"{', '.join(lacking)} have no neuron_scores, but other MLPs do")
         fine = not lacking
         some = space.restrict([name for name in ("head", "mlp_out" if fine else "mlp") if name in space.granularities])
-        found, lost = {key: torch.zeros(shape) for key, shape in some.shapes.items()}, 0
+        found, lost = {key: torch.zeros(shape, dtype=torch.float32) for key, shape in some.shapes.items()}, 0
         for name, layer, head in _names(space):
             if head is not None:
                 found[GateKey("head", layer)][head] = score = float(nodes[name]["score"])
@@ -125,7 +125,7 @@ def _fields(scores: NodeScores, layer: int, head: int | None, unscored: float) -
     keys = [key for granularity in granularities if (key := GateKey(granularity, layer)) in scores.gates]
     values = [scores.gates[key] if head is None else scores.gates[key][head] for key in keys]
     if not values:
-        return unscored, torch.tensor(unscored)
+        return unscored, torch.tensor(unscored, dtype=torch.float32)
     highest = float(torch.cat([value.flatten() for value in values]).max())
     fine = [value for key, value in zip(keys, values, strict=True) if key.granularity == "mlp_out"]
-    return highest, fine[0] if fine else torch.tensor(highest)
+    return highest, fine[0] if fine else torch.tensor(highest, dtype=torch.float32)

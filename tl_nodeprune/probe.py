@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tl_nodeprune.attachment import inactive
+from tl_nodeprune.attachment import hooks_of_others, inactive, ledger_of
 from tl_nodeprune.hooks import answer_logits, capture
 from tl_nodeprune.nodes import GRANULARITIES, HOOKS, GateKey, NodeSpace
 
@@ -20,8 +20,7 @@ def find_nodes(model: Any) -> NodeSpace:
     Raises: TypeError where `model` is no TransformerLens model; ValueError where it has no single stack of `blocks`
     or its blocks do not add to the residual stream.
     """
-    if not hasattr(model, "hook_dict") or not hasattr(model, "cfg"):
-        raise TypeError(f"expected a HookedTransformer or TransformerBridge, got {type(model).__name__}.")
+    ledger_of(model)  # names what is no model
     n_layers, table = int(model.cfg.n_layers), model.hook_dict
     shorts = ("hook_resid_pre", *dict.fromkeys(HOOKS.values()))
     names = [name for layer in range(n_layers) for s in shorts if (name := f"blocks.{layer}.{s}") in table]
@@ -30,10 +29,10 @@ def find_nodes(model: Any) -> NodeSpace:
                          "with one stack of `blocks` have nodes here.")
     tokens = torch.zeros((1, 2), dtype=torch.long, device=device_of(model))
     with inactive(model):
-        seen = capture(model, tokens, names)
+        seen = _probe(model, tokens, names)
     shapes: dict[GateKey, tuple[int, ...]] = {}
     for layer in range(n_layers):
-        _check_additive(layer, seen)
+        _check_additive(layer, seen, model)
         shapes |= _shapes_in_layer(layer, seen, {name: table[name] for name in names})
     return NodeSpace(
         shapes, shapes, d_model=seen["blocks.0.hook_resid_post"].shape[-1], n_layers=n_layers,
@@ -64,14 +63,50 @@ def peak_memory(model: Any) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def check_ready(model: Any) -> None:
-    """Raises RuntimeError where the model is in training mode with dropout: no two forwards would agree."""
+def check_ready(model: Any, *, gradient: bool = False) -> None:
+    """Raises RuntimeError where the model is in training mode with dropout, so that no two forwards would agree, or with gradient
+    checkpointing, which runs hooks twice. gradient: one is needed, so it is raised in inference mode too."""
     rates = ("p", "attention_dropout", "attn_dropout", "dropout")
     dropouts = [name for name, module in model.named_modules()
                 if module.training and any(_rate(module, attribute) > 0 for attribute in rates)]
     if dropouts:
         raise RuntimeError(f"the model is in training mode with dropout (at {dropouts[0]} and {len(dropouts) - 1} more places); "
                            "call model.eval() first.")
+    if any(module.training and getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
+        raise RuntimeError("the model is in training mode with gradient checkpointing, which runs hooks a second time in the backward "
+                           "pass; call model.original_model.gradient_checkpointing_disable(), or model.eval(), first.")
+    if gradient and (torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters())):
+        raise RuntimeError("this needs gradients, and there are none in torch.inference_mode(): leave it for this call, and load the "
+                           "model outside of it.")
+
+
+def check_causal(model: Any, attention_mask: Tensor) -> None:
+    """Raises ValueError where prompts have padding and the model is not causal, that is, a later token changes what comes before it."""
+    if bool(attention_mask.all()):
+        return
+    ledger = ledger_of(model)
+    if ledger.causal is None:
+        size, device = int(model.cfg.d_vocab), device_of(model)
+        tokens = torch.tensor([[0, 1, 1, 1], [0, 2, 2, 2]], device=device) % size
+        name = f"blocks.{int(model.cfg.n_layers) - 1}.hook_resid_post"
+        with inactive(model):
+            one, other = _probe(model, tokens, [name])[name][:, 0].float()
+        ledger.causal = float((one - other).abs().max()) <= rounding(model, torch.stack([one, other]))
+    if not ledger.causal:
+        raise ValueError("the prompts have padding, and attention in this model is not causal: padding would be attended to. "
+                         "Give prompts of one length, without padding.")
+
+
+def _probe(model: Any, tokens: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Activations on a few tokens. Raises RuntimeError that names a user's own hooks where there are some and the forward fails."""
+    try:
+        return capture(model, tokens, names)
+    except Exception as error:
+        if not (theirs := hooks_of_others(model)):
+            raise
+        raise RuntimeError(f"the model fails on the {tokens.shape[1]} tokens that it is probed with ({type(error).__name__}: {error}). "
+                           f"There are hooks of your own on it, at {', '.join(theirs[:3])}: make them work for prompts of any length, or "
+                           "take them off for this call (model.reset_hooks()).") from error
 
 
 def rounding(model: Any, values: Tensor) -> float:
@@ -112,16 +147,18 @@ def _shapes_in_layer(layer: int, seen: Mapping[str, Tensor], points: Mapping[str
     return {GateKey(name, layer): shapes[name] for name in GRANULARITIES if name in shapes}
 
 
-def _check_additive(layer: int, seen: Mapping[str, Tensor]) -> None:
+def _check_additive(layer: int, seen: Mapping[str, Tensor], model: Any) -> None:
     zero = torch.zeros((), device=seen[f"blocks.{layer}.hook_resid_pre"].device)
     pre, attn, mlp, post = (seen.get(f"blocks.{layer}.{name}", zero).float()
                             for name in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"))
     if not torch.isfinite(post).all():
         return  # a broken model is named where its logits are looked at
     if not torch.allclose(pre + attn + mlp, post, rtol=1e-2, atol=1e-2 * float(post.abs().max())):
+        theirs = hooks_of_others(model)
         raise ValueError(
             f"block {layer} does not add its attention and MLP outputs to the residual stream (a post-norm model such as "
             "BERT?), so they are not nodes. Supported: models with resid_pre + attn_out + mlp_out = resid_post."
+            + (f" Or do your own hooks change that, at {', '.join(theirs[:3])}? model.reset_hooks() takes them off." if theirs else "")
         )
 
 

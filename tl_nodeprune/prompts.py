@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_nodeprune.attachment import inactive
 from tl_nodeprune.checks import FILL, check_answers, check_mask, check_positions, check_tokens
 from tl_nodeprune.hooks import answer_logits
-from tl_nodeprune.probe import device_of
+from tl_nodeprune.probe import check_causal, device_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +206,8 @@ class PromptPairs:
         return _pooled(logits, self.answers) - _pooled(logits, self.wrong_answers)
 
     def check_fits(self, model: Any) -> None:
-        """Raises ValueError where a token id is outside the model's vocabulary, or the prompts are longer than its context."""
+        """Raises ValueError where a token id is outside the model's vocabulary, the prompts are longer than its context, or
+        they have padding and its attention is not causal."""
         size = int(model.cfg.d_vocab)
         for name in ("clean", "corrupted", "answers", "wrong_answers"):
             top = int(getattr(self, name).max())
@@ -215,6 +216,8 @@ class PromptPairs:
                                  "were the prompts made with another tokenizer?")
         if self.clean.shape[1] > (n_ctx := int(getattr(model.cfg, "n_ctx", 0) or 1 << 30)):
             raise ValueError(f"prompts have {self.clean.shape[1]} tokens, but the model's context is {n_ctx}.")
+        assert self.attention_mask is not None
+        check_causal(model, self.attention_mask)
 
 
 def check_pairs(given: object, name: str = "prompts") -> None:

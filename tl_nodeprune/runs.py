@@ -70,7 +70,7 @@ class Runs:
             for group in _groups(circuits, several):
                 found.append(self._run(group))
                 bar.update(len(group))
-        none = torch.zeros(0, len(self.reference.prompts))
+        none = torch.zeros(0, len(self.reference.prompts), dtype=torch.float32)
         parts = found or [Scores(none, none, none.bool())]
         return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in ("score", "kl", "agrees")))
 

@@ -133,7 +133,7 @@ def searchable(masks: NodeMasks, prompts: PromptPairs, *, stacklevel: int) -> An
         raise RuntimeError("a circuit is applied to this model; leave its `with` block before pruning.")
     if not attachment.active:
         raise RuntimeError("the masks are switched off here; leave `with masks.inactive()` before pruning.")
-    check_ready(model)
+    check_ready(model, gradient=True)
     prompts.check_fits(model)
     prompts.check_corrupted(masks.asked_ablation.name)
     if prompts.n_same and masks.asked_ablation.name == "interchange":
@@ -168,8 +168,8 @@ class Run:
         for landscape in self.landscapes:
             landscape.passed = progress.passed
             landscape.constants = self.landscapes[0].constants  # those learned on the prompts searched
-        self.order = torch.zeros(self.landscape.n, device=self.landscape.device)
-        self.trace, self.cut_short = torch.zeros(0, 3), False
+        self.order = torch.zeros(self.landscape.n, device=self.landscape.device, dtype=torch.float32)
+        self.trace, self.cut_short = torch.zeros(0, 3, dtype=torch.float32), False
         self.by_kl = budget.loss is kl_divergence
         self.n_held = sides[1].n_different if held is not None else 0
 
