@@ -187,7 +187,8 @@ def add_node_masks(model: Any, granularities: Iterable[str] | None = None, layer
 
     Returns the masks; `remove_node_masks(model)` takes them off. Weights are frozen in between.
     Raises: ValueError for a granularity or layer that is unknown or that the model lacks, and for a model without one stack of blocks that
-    add to the residual stream; RuntimeError where masks or a circuit are attached already, or the model is in training mode with dropout;
+    add to the residual stream; RuntimeError where masks or a circuit are attached already, another thread is at work on the model, it is
+    in training mode with dropout or gradient checkpointing, in `torch.inference_mode()`, or where hooks of your own fail on a short prompt;
     TypeError for what is no TransformerLens model. Nothing is attached then.
     """
     return make_node_masks(model, granularities, layers, ablation, gate=gate).attach(model)
@@ -204,7 +205,8 @@ def make_node_masks(model: Any, granularities: Iterable[str] | None = None, laye
 
 
 def remove_node_masks(model: Any) -> None:
-    """Take the masks of `add_node_masks` off; no hook of this library is left. Raises RuntimeError where there are none."""
+    """Take the masks of `add_node_masks` off, and what calls that were interrupted have left; no hook of this library is left. Raises
+    RuntimeError where there are none."""
     attachment, cleared = find_attachment(model), ledger_of(model).clear()
     if attachment is not None and isinstance(attachment.owner, NodeMasks):
         attachment.owner.remove()

@@ -154,12 +154,20 @@ def rank(model: Any, prompts: tlnp.PromptPairs) -> None:
     masks.remove()
 
 
+def estimate(model: Any, prompts: tlnp.PromptPairs) -> None:
+    tlnp.estimate(model, prompts, held_out=prompts_of(9), granularities=("head",), steps=1)
+
+
+def sweep(model: Any, prompts: tlnp.PromptPairs) -> None:
+    tlnp.sweep(model, prompts, max_kl=(1.0,), seeds=(0,), granularities=("head",), steps=1, progress=False)
+
+
 def prompts_of(seed: int) -> tlnp.PromptPairs:
     tokens = torch.randint(0, 23, (2, 4, 5), generator=torch.Generator().manual_seed(seed))
     return tlnp.PromptPairs(tokens[0], tokens[1], torch.arange(4), torch.arange(4, 8))
 
 
-CALLS = (attach_and_remove, pair, apply, hook_for_a_while, evaluate, prune, paper, rank)
+CALLS = (attach_and_remove, pair, apply, hook_for_a_while, evaluate, prune, paper, rank, estimate, sweep)
 NEXT = (evaluate, apply, hook_for_a_while, attach_and_remove, lambda model, prompts: prompts.correct(model),
         lambda model, prompts: some_circuit(model).fwd_hooks(model, prompts))
 

@@ -69,9 +69,9 @@ def estimate(model: Any, prompts: PromptPairs, *, held_out: PromptPairs | None =
     """
     settings = Settings(steps, batch_size, step_prompts, cache_bytes)
     attached = find_attachment(model)
-    theirs = attached is not None and isinstance(attached.owner, NodeMasks)
-    masks = attached.owner if theirs else make_node_masks(model, granularities, layers, ablation)
-    with nullcontext() if theirs else masks.on(model):
+    masks = attached.owner if attached is not None and isinstance(attached.owner, NodeMasks) else make_node_masks(
+        model, granularities, layers, ablation)
+    with nullcontext() if masks.attached else masks.on(model):
         searchable(masks, prompts, stacklevel=3)
         searched, held = set_aside(prompts, held_out, 0)
         with masks.inactive():
