@@ -203,7 +203,7 @@ def effects(landscape: Landscape, *, signed: bool = False) -> Float[Tensor, "nod
     signed: instead the mean, what helps above 0, over its root mean square over nodes."""
     rows = torch.arange(landscape.n_prompts)
     rows = rows[torch.linspace(0, len(rows) - 1, min(PATH_PROMPTS, len(rows)), dtype=torch.float32).long()]
-    squares, mean = torch.zeros(2, landscape.n, device=landscape.device, dtype=torch.float32)
+    squares = mean = torch.zeros(landscape.n, device=landscape.device, dtype=torch.float32)
     for chunk in rows.split(min(landscape.reference.batch_size, 16)):
         points = [landscape.gradient(torch.full((len(chunk), landscape.n), point, dtype=torch.float32), chunk, step=0)[1] for point in PATH]
         found = torch.stack(points).mean(0)

@@ -92,7 +92,7 @@ def prune(
                 run = Run(masks, searched, held, budget, settings, bar, both_ways=budget.loss is kl_divergence)
                 run.train(saved)
                 result = found(run, start, exact_tests)
-    return told(masks, result, budget, objective=objective is not None, stacklevel=3)
+        return told(masks, result, budget, objective=objective is not None, stacklevel=3)
 
 
 def _check_start(masks: NodeMasks, start: Circuit | None, objective: PaperObjective | None) -> None:

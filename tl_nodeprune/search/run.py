@@ -113,15 +113,16 @@ def going(masks: NodeMasks, title: str, settings: Settings, show: bool) -> Itera
     before = ({name: p.detach().clone() for name, p in masks.scores.items()}, masks.gate, masks.ablation)
     bar = Progress(title, show=show, time_limit=settings.time_limit)
     try:
-        yield bar
+        try:
+            yield bar
+        finally:
+            bar.close()
     except BaseException:
         masks.gate, masks.ablation = before[1:]
         with torch.no_grad():
             for name, score in before[0].items():
                 masks.scores[name].copy_(score)
         raise
-    finally:
-        bar.close()
 
 
 def searchable(masks: NodeMasks, prompts: PromptPairs, *, stacklevel: int) -> Any:
