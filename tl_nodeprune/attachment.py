@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from threading import Lock, get_ident
+from threading import get_ident
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,6 @@ T = TypeVar("T")
 HookFn = Callable[..., Tensor | None]
 Hooks = Sequence[tuple[str, HookFn]]
 _SLOT = "_tl_nodeprune"  # a plain attribute of the stack of blocks, which a shallow copy of the model has in common with it
-_CREATING = Lock()
 
 
 def _over() -> None:
@@ -212,12 +211,13 @@ def _take_off(attachment: Attachment, module: Any, of: Callable[[Any], Any] = la
 def ledger_of(model: Any) -> Ledger:
     """What is on a model. Raises TypeError for what is no TransformerLens model."""
     place = getattr(getattr(model, "blocks", model), "__dict__", {})
-    with _CREATING:
-        if not isinstance(place.get(_SLOT), Ledger):
-            if not hasattr(model, "hook_dict") or not hasattr(model, "cfg"):
-                raise TypeError(f"expected a HookedTransformer or TransformerBridge, got {type(model).__name__}.")
-            place[_SLOT] = Ledger()
-        return place[_SLOT]  # type: ignore[no-any-return]
+    if isinstance(found := place.get(_SLOT), Ledger):
+        return found
+    if not hasattr(model, "hook_dict") or not hasattr(model, "cfg"):
+        raise TypeError(f"expected a HookedTransformer or TransformerBridge, got {type(model).__name__}.")
+    if found is not None:  # of a pickled model
+        place.pop(_SLOT, None)
+    return place.setdefault(_SLOT, Ledger())  # type: ignore[no-any-return]  # not under a lock: an interrupt may leave one locked
 
 
 def find_attachment(model: Any) -> Attachment | None:
