@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_nodeprune.hooks import HookFn, find_attachment, inactive, temporary_hooks
+from tl_nodeprune.attachment import HookFn, failed, inactive, temporary_hooks
 from tl_nodeprune.nodes import HOOKS
 
 _PRE, _POST, _ATTN, _MLP, _Z, _HIDDEN = ("hook_resid_pre", *(HOOKS[name] for name in ("layer", "attn", "mlp", "head", "mlp_neuron")))
@@ -45,11 +45,10 @@ class Probe:
         tokens = torch.arange(min(3, int(model.cfg.n_ctx))) % int(model.cfg.d_vocab)
         device = next(iter(model.parameters())).device
         try:
-            with torch.no_grad(), inactive(find_attachment(model)), temporary_hooks(model, list(self._hooks())):
+            with torch.no_grad(), inactive(model), temporary_hooks(model, list(self._hooks())):
                 model(tokens.to(device).expand(_ROWS, -1))
         except Exception as error:
-            raise ValueError(f"this model's forward fails on {len(tokens)} tokens, so its nodes cannot be found: {type(error).__name__}: "
-                             f"{error}. Does `model(tokens)` run, and is a hook of yours on it?") from error
+            raise failed(model, tokens, "its nodes cannot be found", error) from error
         if any(not self._has(layer, name) for layer in range(self._n_layers) for name in (_PRE, _POST)):
             raise ValueError(f"{type(model).__name__} does not call hook_resid_pre and hook_resid_post with [batch pos d_model] in each "
                              "layer, so there is no stream of which its blocks could be nodes.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from tl_nodeprune import circuit_files, files
 from tl_nodeprune.ablation import Ablation, as_ablation
+from tl_nodeprune.attachment import Attachment, HookFn, find_attachment, ledger_of, temporary_hooks
 from tl_nodeprune.checks import check_types
-from tl_nodeprune.hooks import Attachment, HookFn, answer_logits, find_attachment, mask_hooks, remove_dead, temporary_hooks
+from tl_nodeprune.hooks import answer_logits, mask_hooks
 from tl_nodeprune.nodes import HOOKS, GateKey, Gates, NodeSpace, combine, count_parameters, settle
 from tl_nodeprune.probe import check_ready, find_nodes
 from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.scope import Scope
 
 
 class Circuit(Mapping[str, Tensor]):
@@ -49,13 +51,13 @@ class Circuit(Mapping[str, Tensor]):
     def full(cls, space: NodeSpace, ablation: Ablation = Ablation()) -> Circuit:  # noqa: B008
         """Every node kept."""
         check_types(Circuit.full, locals())
-        return cls(space, {key: torch.ones(shape) for key, shape in space.shapes.items()}, ablation)
+        return cls(space, {key: torch.ones(shape, dtype=torch.float32) for key, shape in space.shapes.items()}, ablation)
 
     @classmethod
     def empty(cls, space: NodeSpace, ablation: Ablation = Ablation()) -> Circuit:  # noqa: B008
         """No node kept: the ablated run."""
         check_types(Circuit.empty, locals())
-        return cls(space, {key: torch.zeros(shape) for key, shape in space.shapes.items()}, ablation)
+        return cls(space, {key: torch.zeros(shape, dtype=torch.float32) for key, shape in space.shapes.items()}, ablation)
 
     def __getitem__(self, hook: str) -> Tensor:
         if hook not in self._masks:
@@ -223,22 +225,17 @@ class Circuit(Mapping[str, Tensor]):
         masks = {hook: self._masks[hook].to(prompts.clean.device) for hook in closed}
         return mask_hooks(closed, masks.__getitem__, stand_ins.__getitem__)
 
-    @contextmanager
-    def applied(self, model: Any, prompts: PromptPairs) -> Iterator[None]:
+    def applied(self, model: Any, prompts: PromptPairs) -> Scope:
         """Inside, every forward of the model on `prompts.clean` runs the circuit only; afterwards no hook is left.
 
         Raises: what `fwd_hooks` raises; inside, ValueError for a forward on other prompts, whose stand-ins these would not be.
         """
         check_types(Circuit.applied, locals())
-        attachment = Attachment(model, self.fwd_hooks(model, prompts), owner=self)
-        try:
-            with attachment.only_on(model, prompts.clean) if self.ablation.name == "interchange" else nullcontext():
-                yield
-        finally:
-            attachment.remove()
+        tokens = (lambda: prompts.clean) if self.ablation.name == "interchange" else None
+        return Attachment(model, partial(self.fwd_hooks, model, prompts), owner=self, tokens=tokens).on()
 
     def _check_use(self, model: Any, prompts: PromptPairs) -> None:
-        remove_dead(model)
+        ledger_of(model).clear()
         if find_attachment(model) is not None:
             raise RuntimeError("node masks or a circuit are attached to this model already; call model.remove_node_masks() "
                                "or leave the other circuit's `with` block first.")

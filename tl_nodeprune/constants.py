@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.circuit import Circuit, circuit_logits
-from tl_nodeprune.hooks import mask_hooks, temporary_hooks
+from tl_nodeprune.hooks import mask_hooks
 from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.reference import Reference

@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 from transformer_lens import patching
 
 from tl_nodeprune.agreement import Agreement, GranularityAgreement, NodeScore, agreement
+from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.checks import check_counts, check_finite, check_types
 from tl_nodeprune.effects import DIRECTIONS, Effects
-from tl_nodeprune.hooks import answer_logits, capture_nodes, mask_hooks, temporary_hooks
+from tl_nodeprune.hooks import answer_logits, capture_nodes, mask_hooks
 from tl_nodeprune.losses import LossFn
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.nodes import GateKey, NodeSpace
@@ -64,7 +65,7 @@ def activation_patching(
     with masks_off(model), torch.no_grad():
         task = _task(model, prompts, granularities, direction, metric, batch_size)
         heads = _heads_for_transformer_lens(model, task.space) if progress else []
-        sums = {key: torch.zeros(shape) for key, shape in task.space.shapes.items()}
+        sums = {key: torch.zeros(shape, dtype=torch.float32) for key, shape in task.space.shapes.items()}
         for batch in task.batches() if heads else ():
             for key, gains in zip(heads, _patch_heads(task, batch), strict=True):
                 sums[key] += gains.cpu()
@@ -91,9 +92,10 @@ def attribution_patching(
     """
     check_types(attribution_patching, locals())
     with masks_off(model):
+        check_ready(model, gradient=True)
         with torch.no_grad():
             task = _task(model, prompts, granularities, direction, metric, batch_size)
-        sums = {hook: torch.zeros(task.space.width(hook)) for hook in task.space.hooks}
+        sums = {hook: torch.zeros(task.space.width(hook), dtype=torch.float32) for hook in task.space.hooks}
         for batch in task.batches():
             for hook, grad in _slopes(task, batch).items():
                 sums[hook] += grad.cpu()
@@ -211,7 +213,7 @@ def _patch(task: _Task, batch: _Batch, key: GateKey, nodes: Tensor) -> Float[Ten
 def _one_closed(space: NodeSpace, key: GateKey, nodes: Tensor) -> Float[Tensor, "node ..."]:
     """Masks at the hook's shape, each 0 at one node of a gate tensor (flat indices) and 1 elsewhere."""
     shape, width = space.shapes[key], space.width(key.hook)
-    gates = torch.ones(len(nodes), math.prod(shape)).scatter_(1, nodes[:, None], 0)
+    gates = torch.ones(len(nodes), math.prod(shape), dtype=torch.float32).scatter_(1, nodes[:, None], 0)
     return gates.view(-1, *shape, *[1] * (len(width) - len(shape))).expand(-1, *width)
 
 
@@ -235,7 +237,7 @@ def _patch_heads(task: _Task, batch: _Batch) -> Float[Tensor, "layer head"]:
 def _slopes(task: _Task, batch: _Batch) -> dict[str, Tensor]:
     """First-order gains at each hook's shape: minus the gradient of a mask at 1, where the run is as it is."""
     hooks = task.space.hooks
-    masks = {hook: torch.ones(task.space.width(hook), device=batch.full.device, requires_grad=True) for hook in hooks}
+    masks = {hook: torch.ones(task.space.width(hook), device=batch.full.device, requires_grad=True, dtype=torch.float32) for hook in hooks}
     with torch.enable_grad(), temporary_hooks(task.model, mask_hooks(hooks, masks.__getitem__, batch.source.__getitem__)):
         total = batch.gain(answer_logits(task.model, batch.tokens, positions(batch.prompts), task.sliced))
         if not total.requires_grad:

@@ -75,7 +75,8 @@ def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: 
 
     Masks that are attached are left out for the while. Raises: ValueError where the circuit or the prompts do not fit the model, or
     corrupted prompts are missing under interchange ablation; TypeError for what is no Circuit or PromptPairs; RuntimeError where a
-    circuit is applied already or the model is in training mode with dropout; FloatingPointError for NaN or inf.
+    circuit is applied already, another thread is at work on the model, or it is in training mode with dropout or gradient checkpointing;
+    FloatingPointError for NaN or inf.
     """
     check_types(evaluate, locals())
     check_counts(batch_size=batch_size)

@@ -182,7 +182,7 @@ def bootstrap(statistic: Any, *data: NDArray[Any], seed: int) -> tuple[float, fl
 
 
 def _check_fits(model: Any, circuit: Circuit, given: dict[str, PromptPairs]) -> None:
-    check_ready(model)
+    check_ready(model, gradient=True)
     circuit.check_fits(model)
     for name, prompts in given.items():
         prompts.check_fits(model, name)

@@ -59,7 +59,7 @@ class HardConcrete:
         if not all(map(math.isfinite, numbers)) or not self.gamma < 0 < min(self.beta, self.zeta):
             raise ValueError(f"beta={self.beta}, gamma={self.gamma}, zeta={self.zeta}, open_score={self.open_score}, "
                              f"closed_score={self.closed_score}; all must be finite, beta and zeta above 0, gamma below 0.")
-        ends = [float(self.value(torch.tensor(float(score)))) for score in (self.open_score, self.closed_score)]
+        ends = [float(self.value(torch.tensor(score, dtype=torch.float32))) for score in (self.open_score, self.closed_score)]
         if ends != [1.0, 0.0]:
             raise ValueError(f"open_score={self.open_score} and closed_score={self.closed_score} give masks of {ends[0]:.3g} and "
                              f"{ends[1]:.3g} with gamma={self.gamma}, zeta={self.zeta}; they must give 1 and 0.")
@@ -68,7 +68,7 @@ class HardConcrete:
         return self._stretch(torch.sigmoid(score))
 
     def sample(self, score: Tensor, generator: torch.Generator | None) -> Tensor:
-        uniform = torch.rand(score.shape, generator=generator, device=generator.device if generator else score.device)
+        uniform = torch.rand(score.shape, generator=generator, device=generator.device if generator else score.device, dtype=torch.float32)
         uniform = uniform.to(score).clamp(1e-6, 1 - 1e-6)
         soft = self._stretch(torch.sigmoid((torch.logit(uniform) + score) / self.beta))
         return _straight_through(soft > 0.5, soft) if self.straight_through else soft

@@ -1,21 +1,19 @@
-"""Everything that touches TransformerLens hook points: capturing, mixing, attaching, slicing."""
+"""What hooks do: capturing, mixing, masking, slicing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tl_nodeprune.attachment import HookFn, temporary_hooks
 from tl_nodeprune.checks import check_logits
 from tl_nodeprune.nodes import HOOKS, layer_of
 
-HookFn = Callable[..., Tensor | None]
 Fetch = Callable[[str], Tensor]
-_SLOT = "_tl_nodeprune"  # attribute of a HookPoint where an attachment leaves word of itself; `ctx` would not do, reset_hooks() empties it
 
 
 class Mix(torch.autograd.Function):
@@ -46,138 +44,6 @@ def mix(clean: Tensor, ablated: Tensor, mask: Tensor) -> Tensor:
     clean: [batch pos ...]; ablated: broadcasts to clean; mask: the trailing dims of clean.
     """
     return Mix.apply(clean, ablated.to(clean), mask.to(clean))  # type: ignore[no-any-return]
-
-
-class Attachment:
-    """Permanent hooks on a model that come off again together. `fns` run before every other hook, also later ones.
-
-    So a patch at a masked hook point overrides the mask, and a patch of hook_resid_pre does not reach what a closed layer passes on.
-
-    active: while False the hooks let everything pass. freeze: no weight of the model wants a gradient until `remove`.
-    """
-
-    def __init__(self, model: Any, fns: Sequence[tuple[str, HookFn]], owner: object, *, freeze: bool = False) -> None:
-        self.owner = owner
-        self.active = True
-        self._tokens: Tensor | None = None
-        self._handles: list[tuple[Any, Any]] = []
-        self._frozen: list[Any] = []
-        points = hook_points(model, [name for name, _ in fns])
-        try:
-            for name, fn in fns:
-                point = points[name]
-                point.add_hook(self._while_active(fn), is_permanent=True, prepend=True)  # returns None before TransformerLens 4
-                self._handles.append((point, point.fwd_hooks[0]))
-                setattr(point, _SLOT, self)
-            self._frozen = [p for p in model.parameters() if p.requires_grad] if freeze else []
-            for parameter in self._frozen:
-                parameter.requires_grad_(False)
-        except BaseException:
-            self.remove()
-            raise
-
-    def _while_active(self, fn: HookFn) -> HookFn:
-        def run(activation: Tensor, hook: Any) -> Tensor | None:
-            return fn(activation, hook=hook) if self.active else None
-        return run
-
-    @contextmanager
-    def only_on(self, model: Any, tokens: Tensor) -> Iterator[None]:
-        """Inside, a forward on other tokens [batch pos] of this shape raises ValueError: the stand-ins of one prompt are no other's.
-        Nested, the innermost counts."""
-        def check(module: Any, args: tuple[Any, ...]) -> None:
-            run = args[0].to(tokens.device) if self.active and args and args[0].shape == tokens.shape else tokens
-            if self._tokens is tokens and not torch.equal(run, tokens):
-                first = int((run != tokens).any(1).nonzero()[0])
-                raise ValueError(f"this forward runs on other prompts than the stand-ins are of (the first is prompt {first}). "
-                                 "Use masks.paired(batch) or circuit.applied(model, batch) with the batch that you run.")
-
-        before, self._tokens = self._tokens, tokens
-        handle = model.embed.register_forward_pre_hook(check)
-        try:
-            yield
-        finally:
-            handle.remove()
-            self._tokens = before
-
-    @property
-    def alive(self) -> bool:
-        """False once removed, also by `model.reset_hooks(including_permanent=True)`."""
-        return any(handle in point.fwd_hooks for point, handle in self._handles)
-
-    def remove(self) -> None:
-        """Take every hook off; frozen weights get their requires_grad back. Does nothing the second time."""
-        for point, handle in self._handles:
-            handle.hook.remove()
-            if handle in point.fwd_hooks:
-                point.fwd_hooks.remove(handle)
-            if getattr(point, _SLOT, None) is self:
-                delattr(point, _SLOT)
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self._handles, self._frozen = [], []
-
-
-def find_attachment(model: Any, *, dead_too: bool = False) -> Attachment | None:
-    """The hooks of this library that are on the model now, if any.
-
-    dead_too: else those that `reset_hooks(including_permanent=True)` took off and nobody removed, so that weights are still frozen.
-    """
-    slots = (getattr(point, _SLOT, None) for point in dict(model.hook_dict).values())
-    found = list(dict.fromkeys(slot for slot in slots if isinstance(slot, Attachment)))
-    return next((one for one in found if one.alive), found[0] if found and dead_too else None)
-
-
-def remove_dead(model: Any) -> None:
-    """Give back what hooks of this library hold that `reset_hooks(including_permanent=True)` took off, such as frozen weights."""
-    attachment = find_attachment(model, dead_too=True)
-    if attachment is not None and not attachment.alive:
-        attachment.remove()
-
-
-@contextmanager
-def inactive(attachment: Attachment | None) -> Iterator[None]:
-    """The model as if nothing were attached, for as long as the block lasts."""
-    before = attachment.active if attachment else True
-    try:
-        if attachment:
-            attachment.active = False
-        yield
-    finally:
-        if attachment:
-            attachment.active = before
-
-
-def hook_points(model: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Hook points by name; the dictionary is read once, since a bridge rebuilds it at each access.
-
-    Raises: ValueError that names the missing hook point and similar ones.
-    """
-    table = model.hook_dict
-    points = {}
-    for name in names:
-        if name not in table:
-            near = sorted(n for n in table if n.endswith(name.split(".")[-1]))[:4]
-            raise ValueError(f"this model has no hook point {name!r}. Similar: {', '.join(near) or 'none'}.")
-        points[name] = table[name]
-    return points
-
-
-@contextmanager
-def temporary_hooks(model: Any, fns: Sequence[tuple[str, HookFn]]) -> Iterator[None]:
-    """Hooks that run after those already there and are gone afterwards, whatever happens inside."""
-    points = hook_points(model, [name for name, _ in fns])
-    added: list[tuple[Any, Any]] = []
-    try:
-        for name, fn in fns:
-            points[name].add_hook(fn)
-            added.append((points[name], points[name].fwd_hooks[-1]))
-        yield
-    finally:
-        for point, handle in added:
-            handle.hook.remove()
-            if handle in point.fwd_hooks:
-                point.fwd_hooks.remove(handle)
 
 
 def capture(model: Any, tokens: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.attachment import HookFn, temporary_hooks
 from tl_nodeprune.checks import check_finite
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.constants import RATE as CONSTANTS_RATE
-from tl_nodeprune.hooks import HookFn, capture_nodes, mask_hooks, temporary_hooks
+from tl_nodeprune.hooks import capture_nodes, mask_hooks
 from tl_nodeprune.losses import LossFn, choice_hinge, kl_divergence
 from tl_nodeprune.nodes import GateKey, Gates, NodeSpace
 from tl_nodeprune.probe import device_of
@@ -49,7 +50,8 @@ class Landscape:
     def gates(self, flat: Tensor) -> Gates:
         """A flat vector as gate tensors; covered coarse gates open."""
         pieces = {key: piece.view(self.space.shapes[key]) for key, piece in zip(self.keys, flat.split(self.sizes), strict=True)}
-        return {key: pieces.get(key, torch.ones(shape, device=flat.device)) for key, shape in self.space.shapes.items()}
+        return {key: pieces.get(key, torch.ones(shape, device=flat.device, dtype=torch.float32))
+                for key, shape in self.space.shapes.items()}
 
     def circuit(self, kept: Bool[Tensor, "node"]) -> Circuit:
         """Kept nodes as a circuit, with the ablation and its constants as they are now."""

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tl_nodeprune.ablation import Ablation, as_ablation
+from tl_nodeprune.attachment import Attachment, find_attachment, inactive, ledger_of
 from tl_nodeprune.checks import check_types
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.gates import Gate, HardConcrete
-from tl_nodeprune.hooks import Attachment, find_attachment, inactive, mask_hooks, remove_dead
+from tl_nodeprune.hooks import mask_hooks
 from tl_nodeprune.nodes import GateKey, NodeSpace, combine, spread
 from tl_nodeprune.probe import check_ready, device_of, find_nodes
 from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.scope import Scope, Scoped
 
 if TYPE_CHECKING:
     from tl_nodeprune.search import PruneResult
@@ -37,15 +39,16 @@ class NodeMasks(nn.Module):
         self.ablation = self.asked_ablation = as_ablation(ablation)  # the second stays as asked for, not fitted to any prompts here
         self._hooks = frozenset(space.hooks)
         self.scores = nn.ParameterDict({
-            _name(key): nn.Parameter(torch.full(shape, self.gate.open_score, device=device)) for key, shape in space.shapes.items()
+            _name(key): nn.Parameter(torch.full(shape, self.gate.open_score, device=device, dtype=torch.float32))
+            for key, shape in space.shapes.items()
         })
-        self._sampling: tuple[torch.Generator | None] | None = None
-        self._stand_ins: dict[str, Tensor] | None = None
+        self._sampling = Scoped[tuple[torch.Generator | None] | None](None)
+        self._stand_ins = Scoped[tuple[dict[str, Tensor], Tensor | None] | None](None)  # and the prompts that they are of, if of any
         self._attached: tuple[Any, Attachment] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, is of the gates alone and not attached; the model is not copied with them."""
-        return self.__dict__ | {"_attached": None, "_sampling": None, "_stand_ins": None}
+        return self.__dict__ | {"_attached": None}
 
     prune: Callable[..., PruneResult]
     """`tl_nodeprune.prune` as a method; pruning.py sets it, so that its signature and docstring show in a notebook."""
@@ -61,7 +64,8 @@ class NodeMasks(nn.Module):
     def gate_values(self, key: GateKey) -> Tensor:
         """One gate tensor's masks now: deterministic, or a fresh draw inside `sampling`. Raises: KeyError where it is not gated."""
         score = self.score(key)
-        return self.gate.value(score) if self._sampling is None else self.gate.sample(score, self._sampling[0])
+        sampling = self._sampling.now
+        return self.gate.value(score) if sampling is None else self.gate.sample(score, sampling[0])
 
     def mask(self, hook: str) -> Tensor:
         """A hook point's mask now: the product of its granularities' gates, at the hook's own shape, differentiable.
@@ -80,7 +84,7 @@ class NodeMasks(nn.Module):
     def expected_size(self) -> Tensor:
         """Expected number of live leaf nodes: sum over them of P(open) times P(open) of every gate above. Scalar, differentiable."""
         probability = {key: self.gate.probability(self.score(key)) for key in self.space.shapes}
-        total = torch.zeros((), device=self.score(next(iter(probability))).device)
+        total = torch.zeros((), device=self.score(next(iter(probability))).device, dtype=torch.float32)
         for key in self.space.free():
             live = probability[key]
             for parent in self.space.ancestors(key):
@@ -108,18 +112,12 @@ class NodeMasks(nn.Module):
                 score, live = self.score(key), circuit.live(*key).to(self.score(key).device)
                 score.copy_(torch.where(live, self.gate.open_score, self.gate.closed_score))
 
-    @contextmanager
-    def sampling(self, generator: torch.Generator | None = None) -> Iterator[None]:
+    def sampling(self, generator: torch.Generator | None = None) -> Scope:
         """Inside, each forward draws its masks at random, one draw shared by batch and positions."""
         check_types(NodeMasks.sampling, locals())
-        before, self._sampling = self._sampling, (generator,)
-        try:
-            yield
-        finally:
-            self._sampling = before
+        return self._sampling.at((generator,))
 
-    @contextmanager
-    def paired(self, prompts: PromptPairs) -> Iterator[None]:
+    def paired(self, prompts: PromptPairs) -> Scope:
         """Inside, forwards on `prompts.clean` take their stand-ins from these prompts (for "interchange": one run on the
         corrupted ones, here, without gradient). "mean" and "optimal" are fitted on the first prompts given and stay so.
 
@@ -130,12 +128,9 @@ class NodeMasks(nn.Module):
         with self.inactive():
             self.ablation = self.ablation.fit(self.model, prompts, self.space.hooks)
             values = self.ablation.values(self.model, prompts, self.space.hooks)
-        attached = self._attached[1] if self._attached and self.ablation.name == "interchange" else None
-        with attached.only_on(self.model, prompts.clean) if attached else nullcontext(), self.standing_in(values):
-            yield
+        return self._stand_ins.at((values, prompts.clean if self.ablation.name == "interchange" else None))
 
-    @contextmanager
-    def standing_in(self, values: dict[str, Tensor]) -> Iterator[None]:
+    def standing_in(self, values: dict[str, Tensor]) -> Scope:
         """Inside, closed nodes take these values, by hook name: [batch pos ...] as the forward, or without batch, or without both.
 
         Raises: ValueError for a hook point that these masks do not gate.
@@ -144,21 +139,15 @@ class NodeMasks(nn.Module):
         for hook, value in values.items():
             if hook not in self._hooks or not isinstance(value, Tensor):
                 raise ValueError(f"values[{hook!r}] is {type(value).__name__}; give tensors, for some of {', '.join(self.space.hooks)}.")
-        before, self._stand_ins = self._stand_ins, values
-        try:
-            yield
-        finally:
-            self._stand_ins = before
+        return self._stand_ins.at((values, None))
 
-    @contextmanager
-    def inactive(self) -> Iterator[None]:
+    def inactive(self) -> Scope | nullcontext[None]:
         """Inside, the model runs as if no masks were attached."""
-        with inactive(self._attached[1] if self._attached else None):
-            yield
+        return inactive(self._attached[0]) if self._attached else nullcontext()
 
     @property
     def attached(self) -> bool:
-        return self._attached is not None and self._attached[1].alive
+        return self._attached is not None and self._attached[1].live and self._attached[1].hooked
 
     @property
     def model(self) -> Any:
@@ -167,12 +156,23 @@ class NodeMasks(nn.Module):
             raise RuntimeError("these masks are not attached to a model; call model.add_node_masks() and use what it returns.")
         return self._attached[0]
 
-    def attach(self, model: Any) -> None:
+    def attach(self, model: Any) -> NodeMasks:
         """Hang the masks on a model and freeze its weights, until `remove`. Raises RuntimeError where masks are attached already."""
         check_types(NodeMasks.attach, locals())
+        attachment = self._attachment(model)
+        attachment.put_on()
+        return attachment.keep(self)
+
+    def on(self, model: Any) -> Scope:
+        """The same for the length of a `with` block."""
+        return self._attachment(model).on()
+
+    def _attachment(self, model: Any) -> Attachment:
         _check_free(model)
-        fns = mask_hooks(self.space.hooks, self._mask_in_forward, self._stand_in)
-        self._attached = (model, Attachment(model, fns, owner=self, freeze=True))
+        attachment = Attachment(model, lambda: mask_hooks(self.space.hooks, self._mask_in_forward, self._stand_in), owner=self,
+                                tokens=lambda: stand_ins[1] if (stand_ins := self._stand_ins.now) else None, freeze=True)
+        self._attached = (model, attachment)
+        return attachment
 
     def remove(self) -> None:
         """Take the masks off; weights get their requires_grad back. Does nothing the second time."""
@@ -182,15 +182,15 @@ class NodeMasks(nn.Module):
 
     def _mask_in_forward(self, hook: str) -> Tensor:
         mask = self.mask(hook)
-        if self._stand_ins is None and bool((mask == 1).all()):
+        if self._stand_ins.now is None and bool((mask == 1).all()):
             return mask.detach()  # nothing to mix in: an open gate then lets the activation through untouched
         return mask
 
     def _stand_in(self, hook: str) -> Tensor:
-        if self._stand_ins is not None:
-            if hook not in self._stand_ins:
+        if (stand_ins := self._stand_ins.now) is not None:
+            if hook not in stand_ins[0]:
                 raise ValueError(f"{hook} has closed gates, and the values given to `standing_in` have none for it.")
-            return self._stand_ins[hook]
+            return stand_ins[0][hook]
         if self.ablation.name == "zero":
             return torch.zeros((), device=self.score(self.space.at(hook)[0]).device)
         if self.ablation.name == "optimal" and self.ablation.fitted:
@@ -212,41 +212,46 @@ def add_node_masks(model: Any, granularities: str | Iterable[str] | None = None,
 
     Returns the masks; `remove_node_masks(model)` takes them off. Weights are frozen in between.
     Raises: ValueError for a granularity or layer that is unknown or that the model lacks, and for a model without one stack of blocks that
-    add to the residual stream; RuntimeError where masks or a circuit are attached already, or the model is in training mode with dropout;
-    TypeError for what is no TransformerLens model. Nothing is attached then.
+    add to the residual stream, or whose forward fails on three tokens; RuntimeError where masks or a circuit are attached already, another
+    thread is at work on the model, it is in training mode with dropout or gradient checkpointing, or in `torch.inference_mode()`; TypeError
+    for what is no TransformerLens model. Nothing is attached then.
     """
     check_types(add_node_masks, locals())
+    return make_node_masks(model, granularities, layers, ablation, gate=gate).attach(model)
+
+
+def make_node_masks(model: Any, granularities: str | Iterable[str] | None = None, layers: int | Iterable[int] | None = None,
+                    ablation: str | Ablation = "interchange", *, gate: Gate | None = None) -> NodeMasks:
+    """What `add_node_masks` attaches, not attached. Raises what that raises."""
     chosen = as_ablation(ablation)
     _check_free(model)
-    check_ready(model)
+    check_ready(model, gradient=True)
     space = find_nodes(model).restrict(granularities, layers)
-    masks = NodeMasks(space, ablation=chosen, gate=gate, device=device_of(model))
-    masks.attach(model)
-    return masks
+    return NodeMasks(space, ablation=chosen, gate=gate, device=device_of(model))
 
 
 def remove_node_masks(model: Any) -> None:
-    """Take the masks of `add_node_masks` off; no hook of this library is left. Raises RuntimeError where there are none."""
+    """Take the masks of `add_node_masks` off, and what calls that were interrupted have left; no hook of this library is left. Raises
+    RuntimeError where there are none."""
     check_types(remove_node_masks, locals())
-    attachment = find_attachment(model, dead_too=True)
-    if attachment is None or not isinstance(attachment.owner, NodeMasks):
+    attachment, cleared = find_attachment(model), ledger_of(model).clear()
+    if attachment is not None and isinstance(attachment.owner, NodeMasks):
+        attachment.owner.remove()
+    elif attachment is not None or not cleared:
         raise RuntimeError("this model has no node masks to remove; model.add_node_masks() attaches them.")
-    attachment.remove()  # itself, since on a copy of the model its owner does not know of it
-    attachment.owner.remove()
 
 
-@contextmanager
-def masks_off(model: Any) -> Iterator[None]:
-    """Inside, masks attached to the model do nothing. Raises RuntimeError where a circuit is applied to it."""
+def masks_off(model: Any) -> Scope:
+    """Inside, masks attached to the model do nothing. Raises RuntimeError where a circuit is applied to it, or another thread is at work
+    on it."""
     attachment = find_attachment(model)
     if attachment is not None and not isinstance(attachment.owner, NodeMasks):
         raise RuntimeError("a circuit is applied to this model; leave its `with` block first.")
-    with inactive(attachment):
-        yield
+    return inactive(model)
 
 
 def _check_free(model: Any) -> None:
-    remove_dead(model)
+    ledger_of(model).clear()
     if (attachment := find_attachment(model)) is not None:
         what = "node masks are" if isinstance(attachment.owner, NodeMasks) else "a circuit is"
         raise RuntimeError(f"{what} attached to this model already; call model.remove_node_masks() "

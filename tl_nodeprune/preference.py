@@ -79,7 +79,7 @@ class Sample:
     def some(self, most: int) -> Tensor:
         """At most so many of the prompts, spread over all: their indices."""
         n = len(self.prompts)
-        return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most).long()
+        return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most, dtype=torch.float32).long()
 
 
 def preference(model: Any, prompts: PromptPairs, batch_size: int) -> Preference:

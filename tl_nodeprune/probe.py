@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.architecture import Probe, matrices
-from tl_nodeprune.hooks import answer_logits
+from tl_nodeprune.attachment import failed, inactive, ledger_of
+from tl_nodeprune.hooks import answer_logits, capture
 from tl_nodeprune.nodes import GRANULARITIES, GateKey, NodeSpace
 
 
@@ -23,8 +24,7 @@ def find_nodes(model: Any) -> NodeSpace:
     Raises: TypeError where `model` is no TransformerLens model; ValueError where the forward fails, or the model has no single stack of
     `blocks` that add to the residual stream.
     """
-    if not hasattr(model, "hook_dict") or not hasattr(model, "cfg"):
-        raise TypeError(f"expected a HookedTransformer or TransformerBridge, got {type(model).__name__}.")
+    ledger_of(model)  # names what is no model
     probe, n_layers = Probe(model), int(model.cfg.n_layers)
     shapes: dict[GateKey, tuple[int, ...]] = {}
     lacking: dict[str, str] = {}
@@ -68,14 +68,41 @@ def peak_memory(model: Any) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def check_ready(model: Any) -> None:
-    """Raises RuntimeError where the model is in training mode with dropout: no two forwards would agree."""
+def check_ready(model: Any, *, gradient: bool = False) -> None:
+    """Raises RuntimeError where the model is in training mode with dropout, so that no two forwards would agree, or with gradient
+    checkpointing, which runs hooks twice. gradient: one is needed, so it is raised in inference mode too."""
     rates = ("p", "attention_dropout", "attn_dropout", "dropout")
     dropouts = [name for name, module in model.named_modules()
                 if module.training and any(_rate(module, attribute) > 0 for attribute in rates)]
     if dropouts:
         raise RuntimeError(f"the model is in training mode with dropout (at {dropouts[0]} and {len(dropouts) - 1} more places); "
                            "call model.eval() first.")
+    if any(module.training and getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
+        raise RuntimeError("the model is in training mode with gradient checkpointing, which runs hooks a second time in the backward "
+                           "pass; call model.original_model.gradient_checkpointing_disable(), or model.eval(), first.")
+    if gradient and (torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters())):
+        raise RuntimeError("this needs gradients, and there are none in torch.inference_mode(): leave it for this call, and load the "
+                           "model outside of it.")
+
+
+def check_causal(model: Any, attention_mask: Tensor) -> None:
+    """Raises ValueError where prompts have padding and the model is not causal, that is, a later token changes what comes before it."""
+    if bool(attention_mask.all()):
+        return
+    ledger = ledger_of(model)
+    if ledger.causal is None:
+        size, device = int(model.cfg.d_vocab), device_of(model)
+        tokens = torch.tensor([[0, 1, 1, 1], [0, 2, 2, 2]], device=device) % size
+        name = f"blocks.{int(model.cfg.n_layers) - 1}.hook_resid_post"
+        try:
+            with inactive(model):
+                one, other = capture(model, tokens, [name])[name][:, 0].float()
+        except Exception as error:
+            raise failed(model, tokens, "whether it is causal cannot be seen", error) from error
+        ledger.causal = float((one - other).abs().max()) <= rounding(model, torch.stack([one, other]))
+    if not ledger.causal:
+        raise ValueError("the prompts have padding, and attention in this model is not causal: padding would be attended to. "
+                         "Give prompts of one length, without padding.")
 
 
 def rounding(model: Any, values: Tensor) -> float:

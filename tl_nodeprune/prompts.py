@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_nodeprune.attachment import inactive
 from tl_nodeprune.checks import (
     FILL,
     check_answers,
@@ -24,8 +25,8 @@ from tl_nodeprune.checks import (
     check_tokens,
     check_types,
 )
-from tl_nodeprune.hooks import answer_logits, find_attachment, inactive
-from tl_nodeprune.probe import device_of
+from tl_nodeprune.hooks import answer_logits
+from tl_nodeprune.probe import check_causal, device_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,8 +243,8 @@ class PromptPairs:
         return difference
 
     def check_fits(self, model: Any, name: str = "prompts") -> None:
-        """Raises ValueError where a token id is outside the model's vocabulary, or the prompts are longer than its context. name: what
-        they are called in it."""
+        """Raises ValueError where a token id is outside the model's vocabulary, the prompts are longer than its context, or they have
+        padding and its attention is not causal. name: what they are called in it."""
         check_types(PromptPairs.check_fits, locals())
         size = int(model.cfg.d_vocab)
         for field in ("clean", "corrupted", "answers", "wrong_answers"):
@@ -253,6 +254,8 @@ class PromptPairs:
                                  "were the prompts made with another tokenizer?")
         if self.clean.shape[1] > (n_ctx := int(getattr(model.cfg, "n_ctx", 0) or 1 << 30)):
             raise ValueError(f"{name} have {self.clean.shape[1]} tokens, but the model's context is {n_ctx}.")
+        assert self.attention_mask is not None
+        check_causal(model, self.attention_mask)
 
 
 def check_pairs(given: object, name: str = "prompts") -> None:
@@ -264,7 +267,7 @@ def check_pairs(given: object, name: str = "prompts") -> None:
 def _logits(model: Any, prompts: PromptPairs) -> Tensor:
     prompts.check_fits(model)
     assert prompts.answer_positions is not None
-    with torch.no_grad(), inactive(find_attachment(model)):
+    with torch.no_grad(), inactive(model):
         return answer_logits(model, prompts.clean, prompts.answer_positions, sliced=False)
 
 

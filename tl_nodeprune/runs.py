@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.checks import check_finite
 from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.hooks import mask_hooks, temporary_hooks
+from tl_nodeprune.hooks import mask_hooks
 from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.nodes import NodeSpace
 from tl_nodeprune.probe import rounding
@@ -70,7 +71,7 @@ class Runs:
             for group in _groups(circuits, several):
                 found.append(self._run(group))
                 bar.update(len(group))
-        none = torch.zeros(0, len(self.reference.prompts))
+        none = torch.zeros(0, len(self.reference.prompts), dtype=torch.float32)
         parts = found or [Scores(none, none, none.bool())]
         return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in ("score", "kl", "agrees")))
 

@@ -84,7 +84,7 @@ class NodeScores(Mapping[str, Tensor]):
         space, kept = circuit.space, torch.cat([circuit.live(*key).flatten() for key in circuit.space.free()])
         if within is not None and within.space.shapes != space.shapes:
             raise ValueError("the circuit and the scores are over different nodes.")
-        order = within.flat if within is not None else torch.zeros(len(kept))
+        order = within.flat if within is not None else torch.zeros(len(kept), dtype=torch.float32)
         return cls.from_flat(ranks(kept_first(kept, order)), space, circuit.ablation)
 
     def __getitem__(self, hook: str) -> Tensor:
@@ -116,10 +116,10 @@ class NodeScores(Mapping[str, Tensor]):
         """
         check_types(NodeScores.top, locals())
         count = self.count(size)
-        kept = torch.zeros(self.n)
+        kept = torch.zeros(self.n, dtype=torch.float32)
         kept[self.flat.argsort(descending=True, stable=True)[:count]] = 1
         scores = NodeScores.from_flat(kept, self.space)
-        gates = {key: scores.gates.get(key, torch.ones(shape)) for key, shape in self.space.shapes.items()}
+        gates = {key: scores.gates.get(key, torch.ones(shape, dtype=torch.float32)) for key, shape in self.space.shapes.items()}
         return Circuit(self.space, gates, self.ablation)
 
     def count(self, size: float | int) -> int:

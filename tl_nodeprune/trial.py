@@ -98,7 +98,7 @@ class Trial:
         one of the path's units out again. Empty where every unit is kept whole.
         """
         if not self.spare:
-            return torch.zeros(0)
+            return torch.zeros(0, dtype=torch.float32)
         pairs = []
         for _ in range(draws):
             path = self._path()
@@ -119,7 +119,7 @@ class Trial:
     def random_circuits(self, draws: int) -> RandomDraws:
         null = SizeMatched(self.circuit)
         if null.possible < 2:
-            return RandomDraws(torch.zeros(0), math.nan, null.possible, null.over_layers)
+            return RandomDraws(torch.zeros(0, dtype=torch.float32), math.nan, null.possible, null.over_layers)
         kl = self.runs((null.draw(self.generator) for _ in range(draws)), total=draws, desc="random circuits").kl.mean(1)
         as_good = int((kl <= self.kl * (1 + 1e-4) + NOTHING).sum())
         return RandomDraws(kl, (1 + as_good) / (draws + 1), null.possible, null.over_layers)

@@ -149,7 +149,7 @@ class SizeMatched:
 def _shuffled(rows: Tensor, generator: torch.Generator) -> Tensor:
     """Rows in another order, and each row's values in another order."""
     order = torch.randperm(len(rows), generator=generator)
-    within = torch.rand(rows.shape, generator=generator).argsort(1)
+    within = torch.rand(rows.shape, generator=generator, dtype=torch.float32).argsort(1)
     return rows[order].gather(1, within)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import temporary_hooks
+from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.landscape import Landscape
 from tl_nodeprune.reference import Reference
 

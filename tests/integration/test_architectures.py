@@ -31,7 +31,8 @@ from integration_support import (
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import answer_logits, find_attachment
+from tl_nodeprune.attachment import find_attachment
+from tl_nodeprune.hooks import answer_logits
 from tl_nodeprune.landscape import Landscape, circuits_of
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.probe import can_slice, find_nodes
@@ -324,7 +325,7 @@ def test_a_probe_that_fails_says_so(tmp_path: Path) -> None:
         return activation
 
     point.add_hook(beyond)
-    with pytest.raises(ValueError, match="forward fails on 3 tokens.*IndexError.*is a hook of yours on it"):
+    with pytest.raises(ValueError, match="forward fails on 3 tokens.*IndexError.*hooks of your own on it"):
         tlnp.add_node_masks(model)
     assert n_hooks(model) == 1
     model.reset_hooks()

@@ -16,7 +16,7 @@ from transformer_lens import patching
 from transformer_lens.tools.analysis import get_act_patch_direct_path
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import temporary_hooks
+from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.nodes import GateKey
 from tl_nodeprune.probe import find_nodes
 

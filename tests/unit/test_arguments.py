@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import find_attachment
+from tl_nodeprune.attachment import find_attachment
 from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.search.sweep import SweepRun
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import temporary_hooks
+from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.search import checkpoint as checkpoints
 
 Toy = tuple[Any, tlnp.PromptPairs]

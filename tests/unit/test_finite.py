@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import temporary_hooks
+from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.probe import find_nodes
 
 Toy = tuple[Any, tlnp.PromptPairs]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.probe import find_nodes
 
@@ -170,14 +173,158 @@ def test_a_copy_has_the_gates_and_no_model(toy: Toy, copied: Callable[[tlnp.Node
         toy[0].remove_node_masks()
 
 
-def test_a_copy_of_a_masked_model_is_free_by_itself(fresh_toy: Toy, no_hooks_left: Callable[[Any], None]) -> None:
-    model, _ = fresh_toy
+def all_closed(model: Any, granularity: str = "head") -> tlnp.NodeMasks:
+    masks = model.add_node_masks((granularity,), ablation="zero")
+    masks.set_to(tlnp.Circuit.empty(masks.space))
+    return masks
+
+
+@torch.no_grad()
+def test_a_copy_of_a_masked_model_is_the_plain_model(each_toy: Toy, no_hooks_left: Callable[[Any], None]) -> None:
+    model, prompts = each_toy
+    plain, masks = model(prompts.clean), all_closed(model)
+    masked = model(prompts.clean)
+    twin, removed, part = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model.blocks[0])
+    removed.remove_node_masks()  # as a script may that knew the original
+    with pytest.raises(RuntimeError, match="no node masks to remove"):
+        removed.remove_node_masks()
+    for one in (twin, removed, copy.deepcopy(twin)):
+        assert torch.equal(one(prompts.clean), plain)
+        assert all(p.requires_grad for p in one.parameters())
+        no_hooks_left(one)
+    assert all(p.requires_grad for p in part.parameters())
+    assert torch.equal(model(prompts.clean), masked) and masks.attached and not any(p.requires_grad for p in model.parameters())
+    own = all_closed(twin, "mlp")
+    model.remove_node_masks()
+    assert own.attached and torch.equal(model(prompts.clean), plain) and not torch.equal(twin(prompts.clean), plain)
+    with own.to_circuit().applied(model, prompts):
+        assert torch.equal(copy.deepcopy(model)(prompts.clean), plain)
+
+
+@torch.no_grad()
+def test_a_pickled_model_has_no_masks(each_toy: Toy) -> None:
+    model, prompts = each_toy
+    try:
+        pickle.dumps(model)
+    except AttributeError:
+        pytest.skip("TransformerLens' bridge does not pickle")
+    plain, masks = model(prompts.clean), all_closed(model)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin(prompts.clean), plain) and all(p.requires_grad for p in twin.parameters())
+    masks.remove()
+    assert b"tl_nodeprune.attachment" not in pickle.dumps(model)
+
+
+@torch.no_grad()
+def test_masks_follow_the_model_to_another_dtype(fresh_toy: Toy) -> None:
+    model, prompts = fresh_toy
+    plain, masks = model(prompts.clean), all_closed(model)
+    masked = model(prompts.clean)
+    model.to(torch.float64)
+    assert torch.allclose(model(prompts.clean).float(), masked, atol=1e-3)
+    model.to(torch.float32)
+    masks.remove()
+    assert torch.equal(model(prompts.clean), plain) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_second_thread_is_refused(toy: Toy) -> None:
+    model, prompts = toy
+    circuit, found = tlnp.Circuit.empty(find_nodes(model)), list[str]()
+
+    def evaluate() -> None:
+        try:
+            tlnp.evaluate(model, circuit, prompts)
+        except RuntimeError as error:
+            found.append(str(error))
+
+    def in_a_thread() -> None:
+        thread = threading.Thread(target=evaluate)
+        thread.start()
+        thread.join()
+
+    plain = model(prompts.clean)
+    with temporary_hooks(model, [("blocks.0.attn.hook_z", lambda z, hook: z * 0)]):
+        in_a_thread()
+        with ThreadPoolExecutor() as pool:  # a plain forward of another thread sees nothing of it
+            assert torch.equal(pool.submit(model, prompts.clean).result(), plain)
+        assert not torch.equal(model(prompts.clean), plain)
+    assert len(found) == 1 and "another thread is at work on this model" in found[0]
+    in_a_thread()
+    assert len(found) == 1
+
+
+def test_gradient_checkpointing_is_refused(fresh_toy: Toy, no_hooks_left: Callable[[Any], None]) -> None:
+    model, prompts = fresh_toy
     masks = model.add_node_masks(("head",))
-    twin = copy.deepcopy(model)
-    twin.remove_node_masks()
-    no_hooks_left(twin)
-    assert all(p.requires_grad for p in twin.parameters())
-    assert masks.attached and not any(p.requires_grad for p in model.parameters())
+    model.original_model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(RuntimeError, match="gradient_checkpointing_disable"):
+        masks.prune(prompts, max_kl=0.1, progress=False)
+    with masks.paired(prompts), masks.sampling(torch.Generator()):
+        loss = model(prompts.clean).sum()
+        with pytest.raises(RuntimeError, match="runs the model again in the backward pass"):
+            loss.backward()
+    model.remove_node_masks()
+    with pytest.raises(RuntimeError, match="gradient_checkpointing_disable"):
+        model.add_node_masks()
+    no_hooks_left(model)
+    model.eval()  # without it nothing is checkpointed
+    model.add_node_masks()
+
+
+def test_inference_mode(toy: Toy) -> None:
+    model, prompts = toy
+    masks = model.add_node_masks(("head",))
+    circuit = tlnp.Circuit.empty(masks.space)
+    outside = tlnp.evaluate(model, circuit, prompts).kl
+    try:
+        with torch.inference_mode():
+            inside = tlnp.PromptPairs(*(getattr(prompts, name).clone() for name in ("clean", "corrupted", "answers", "wrong_answers")))
+            assert tlnp.evaluate(model, circuit, prompts).kl == outside
+            for search in (lambda: masks.prune(prompts, max_kl=0.1), lambda: tlnp.rank(masks, prompts),
+                           lambda: tlnp.crosscheck.attribution_patching(model, prompts), lambda: tlnp.report(model, circuit, prompts)):
+                with pytest.raises(RuntimeError, match="torch.inference_mode"):
+                    search()
+        masks.prune(inside, max_nodes=2, steps=1, progress=False)  # of prompts made in it
+    finally:
+        model.remove_node_masks()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(toy: Toy, dtype: torch.dtype) -> None:
+    model, prompts = toy[0], toy[1][:8]
+
+    def numbers() -> tuple[Any, ...]:
+        masks = model.add_node_masks(("head",))
+        try:
+            result = masks.prune(prompts, max_kl=0.5, steps=1, exact_tests=1, progress=False)
+            with masks.sampling(torch.Generator().manual_seed(0)):
+                drawn = masks.mask("blocks.1.attn.hook_z").detach()
+        finally:
+            model.remove_node_masks()
+        return result.circuit.count(), result.kl, drawn.tolist(), tlnp.evaluate(model, result.circuit, prompts).kl
+
+    before = numbers()
+    torch.set_default_dtype(dtype)
+    try:
+        assert numbers() == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_hook_of_the_user_that_the_probe_breaks_is_named(fresh_toy: Toy) -> None:
+    model, _ = fresh_toy
+
+    def sixth(x: torch.Tensor, hook: Any) -> None:
+        x[:, 5] += 1
+
+    model.add_hook("blocks.1.hook_resid_mid", sixth)
+    with pytest.raises(ValueError, match=r"IndexError.*hooks of your own on it, at .*blocks\.1\.hook_resid_mid.*model\.reset_hooks"):
+        model.add_node_masks()
+    model.reset_hooks()
+    model.add_hook("blocks.1.hook_resid_post", lambda x, hook: x * 3)
+    with pytest.raises(ValueError, match=r"your own hooks change that, at .*blocks\.1\.hook_resid_post"):
+        model.add_node_masks()
 
 
 def test_set_to_a_circuit_over_other_nodes_sets_nothing(toy: Toy, other_model: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import temporary_hooks
+from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.preference import Preference, Sample, preference
 
 Toy = tuple[Any, tlnp.PromptPairs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_token_ids_outside_the_vocabulary(toy: Toy, name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} holds token id 5000.*ends at 198"):
         bad.check_fits(model)
     with pytest.raises(ValueError, match="5000"):
-        tlnp.evaluate(model, tlnp.Circuit.full(tlnp.probe.find_nodes(model)), bad)
+        tlnp.evaluate(model, tlnp.Circuit.full(find_nodes(model)), bad)
 
 
 def test_prompts_longer_than_the_context(toy: Toy) -> None:
@@ -273,3 +274,24 @@ def test_batches_of_no_prompts_are_refused(toy: Toy) -> None:
     for size in (0, -1):
         with pytest.raises(ValueError, match=f"batch_size={size}; it must be a whole number, 1 or more"):
             list(toy[1].batches(size))
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_padding_where_attention_is_not_causal(toy: Toy, bidirectional: bool) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        use_bidirectional_attention=bidirectional, vocab_size=199, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=64, initializer_range=0.2, architectures=["Gemma3ForCausalLM"])
+    hf = Gemma3ForCausalLM(config).eval()
+    model = TransformerBridge.boot_transformers("google/gemma-3-1b-pt", hf_model=hf, tokenizer=toy[0].tokenizer, device="cpu").eval()
+    tokens = torch.randint(1, 199, (2, 2, 9))
+    even = tlnp.PromptPairs(tokens[0], tokens[1], torch.tensor([1, 2]), torch.tensor([3, 4]))
+    padded = replace(even, attention_mask=torch.arange(9) < torch.tensor([[5], [9]]), answer_positions=None)
+    circuit = tlnp.Circuit.empty(find_nodes(model).restrict(("head",)))
+    assert tlnp.evaluate(model, circuit, even).kl > 0
+    if bidirectional:
+        with pytest.raises(ValueError, match="the prompts have padding, and attention in this model is not causal"):
+            tlnp.evaluate(model, circuit, padded)
+    else:
+        assert tlnp.evaluate(model, circuit, padded).kl > 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import temporary_hooks
+from tl_nodeprune.attachment import temporary_hooks
 
 Toy = tuple[Any, tlnp.PromptPairs]
 TOTAL = 288 + 1152 + 288

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import temporary_hooks
+from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.preference import preference
 from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.scores import NodeScores

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.evaluation import Metrics
-from tl_nodeprune.hooks import temporary_hooks
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.probe import find_nodes
 from tl_nodeprune.search import SweepRun

@@ -105,7 +105,8 @@ class Limits:
                 known = "are not gated" if name in GRANULARITIES else "do not exist"
                 raise ValueError(f"max_nodes limits {name!r} nodes, which {known}; {gated}.")
         most = {name: count_of(f"max_nodes[{name!r}]", given[name], total) for name, total in totals.items() if name in given}
-        floor = [torch.full(space.shapes[key], 0.0 if key.granularity in most else OPEN_ABOVE).flatten() for key in space.free()]
+        floor = [torch.full(space.shapes[key], 0.0 if key.granularity in most else OPEN_ABOVE, dtype=torch.float32).flatten()
+                 for key in space.free()]
         return cls(most, {name: _units(space, name) for name in most}, torch.cat(floor))
 
     def hold(self, kept: Tensor) -> bool:
@@ -161,7 +162,7 @@ def _units(space: NodeSpace, name: str) -> Tensor:
 
 def _sums(unit: Tensor, values: Tensor) -> Tensor:
     """Sums of values [node] by unit; the last, for what is in none, is 0."""
-    sums = torch.zeros(int(unit.max()) + 2).index_add_(0, unit.where(unit >= 0, unit.max() + 1), values)
+    sums = torch.zeros(int(unit.max()) + 2, dtype=torch.float32).index_add_(0, unit.where(unit >= 0, unit.max() + 1), values)
     sums[-1] = 0
     return sums
 

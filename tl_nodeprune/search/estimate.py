@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.ablation import Ablation
+from tl_nodeprune.attachment import find_attachment
 from tl_nodeprune.checks import check_types
-from tl_nodeprune.hooks import find_attachment
 from tl_nodeprune.landscape import Landscape
-from tl_nodeprune.masks import NodeMasks, add_node_masks
+from tl_nodeprune.masks import NodeMasks, make_node_masks
 from tl_nodeprune.probe import device_of, peak_memory
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.search.budget import Budget
@@ -72,18 +73,15 @@ def estimate(model: Any, prompts: PromptPairs, *, held_out: PromptPairs | None =
     check_types(estimate, locals())
     settings = Settings(steps, batch_size, step_prompts, cache_bytes)
     attached = find_attachment(model)
-    masks = attached.owner if attached is not None and isinstance(attached.owner, NodeMasks) else add_node_masks(
+    masks = attached.owner if attached is not None and isinstance(attached.owner, NodeMasks) else make_node_masks(
         model, granularities, layers, ablation)
-    try:
+    with nullcontext() if masks.attached else masks.on(model):
         searchable(masks, prompts, stacklevel=3)
         if held_out is not None:
             held_out.check_fits(model, "held_out")
         searched, held = set_aside(prompts, held_out, 0)
         with masks.inactive():
             return _measured(masks, searched, held, settings)
-    finally:
-        if attached is None:
-            masks.remove()
 
 
 def _measured(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, settings: Settings) -> Estimate:
@@ -95,7 +93,7 @@ def _measured(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, settin
     set_up = (time.perf_counter() - began) / few * (len(searched) * turned + len(held))
     land, rows = run.landscape, torch.arange(min(few, run.landscape.n_prompts))
     step, saved = _step(land, rows)
-    forward = _timed(lambda: land.losses(torch.ones(1, land.n) * 0.5, rows)) / len(rows)
+    forward = _timed(lambda: land.losses(torch.ones(1, land.n, dtype=torch.float32) * 0.5, rows)) / len(rows)
     n_prompts, sizes = round(len(searched) * turned), len(run.sizes())
     judged = min(len(held), JUDGED)
     path = len(PATH) * min(PATH_PROMPTS, n_prompts) * step / len(rows)
@@ -112,7 +110,8 @@ def _measured(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, settin
 
 def _step(land: Landscape, rows: Tensor) -> tuple[float, int]:
     """Seconds of one step, and bytes that it saves for its backward pass beside the weights."""
-    gates, weights = torch.full((len(rows), land.n), 0.5), {p.untyped_storage().data_ptr() for p in land.reference.model.parameters()}
+    gates = torch.full((len(rows), land.n), 0.5, dtype=torch.float32)
+    weights = {p.untyped_storage().data_ptr() for p in land.reference.model.parameters()}
     seen: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -97,14 +97,14 @@ class ExactTests:
 
     def _rises(self, kept: Tensor, groups: list[Tensor]) -> Tensor:
         """By how much the loss rises on the first prompts where each group is closed; of the first groups only when time is up."""
-        few = self.rows[torch.linspace(0, len(self.rows) - 1, min(GLANCE, len(self.rows))).long()]
+        few = self.rows[torch.linspace(0, len(self.rows) - 1, min(GLANCE, len(self.rows)), dtype=torch.float32).long()]
         before = self.landscape.losses(circuits_of([kept]), few).loss.mean()
         found = []
         for some in _blocks(groups):
             if self.over():
                 break
             found.append(self.landscape.losses(circuits_of([_without(kept, group) for group in some]), few).loss.mean(-1) - before)
-        return torch.cat(found).cpu() if found else torch.zeros(0)
+        return torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.float32)
 
     def _together(self, kept: Tensor, groups: list[Tensor], allowed: tuple[Budget, float]) -> int:
         """How many of groups that can go one by one can go together, in order."""

@@ -53,12 +53,13 @@ class Nested:
         self.batch = min(step_prompts, landscape.n_prompts)
         self.groups = groups(landscape.space).to(landscape.device)
         self.sizes = torch.bincount(self.groups).float()
-        zeros, moments, bins = (torch.zeros(n, device=landscape.device) for n in (landscape.n, landscape.n + len(self.sizes), SIZE_BINS))
+        zeros, moments, bins = (torch.zeros(n, device=landscape.device, dtype=torch.float32)
+                                for n in (landscape.n, landscape.n + len(self.sizes), SIZE_BINS))
         self.state = {"scores": zeros.clone(), "mean": zeros.clone(), "first": moments.clone(), "second": moments.clone(),  # groups last
                       "order": torch.empty(0, dtype=torch.long), "step": torch.zeros(2, dtype=torch.long),  # steps done, averaged
                       "power": bins.clone(), "losses": bins.clone(),  # by size: mean square of the gradients, mean loss
-                      "lowest": torch.tensor(math.inf, device=landscape.device),
-                      "trace": torch.zeros(steps, 3, device=landscape.device)}  # of each step: loss, size, temperature
+                      "lowest": torch.tensor(math.inf, device=landscape.device, dtype=torch.float32),
+                      "trace": torch.zeros(steps, 3, device=landscape.device, dtype=torch.float32)}  # of each step: loss, size, temperature
 
     @property
     def done(self) -> int:
@@ -100,7 +101,7 @@ class Nested:
         if progress >= AVERAGED and not self.limits:
             state["step"][1] += 1
             state["mean"] += (state["scores"] - state["mean"]) / int(state["step"][1])
-        trace = [losses.loss.mean(), gates.sum(1).mean(), torch.tensor(temperature, device=grad.device)]
+        trace = [losses.loss.mean(), gates.sum(1).mean(), torch.tensor(temperature, device=grad.device, dtype=torch.float32)]
         state["trace"][self.done - 1] = torch.stack(trace)
 
     def _move(self, grad: Float[Tensor, "node"]) -> Float[Tensor, "node"]:
@@ -137,8 +138,8 @@ class Nested:
     def _nested(self, batch: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """Soft masks [row node] of sizes spread by `_often`; how far each gate moves with its score, times T; the sizes' bins [row]."""
         n, device = self.landscape.n, self.landscape.device
-        ends = torch.cat([torch.zeros(1, device=device), self._often().cumsum(0)])
-        drawn = (torch.randperm(batch, generator=self.generator) + torch.rand(batch, generator=self.generator)) / batch
+        ends = torch.cat([torch.zeros(1, device=device, dtype=torch.float32), self._often().cumsum(0)])
+        drawn = (torch.randperm(batch, generator=self.generator) + torch.rand(batch, generator=self.generator, dtype=torch.float32)) / batch
         drawn = drawn.to(device) * ends[-1]
         bins = (torch.searchsorted(ends, drawn, right=True) - 1).clamp(0, SIZE_BINS - 1)
         places = (bins + (drawn - ends[bins]) / (ends[bins + 1] - ends[bins])) / SIZE_BINS
@@ -201,10 +202,10 @@ def effects(landscape: Landscape, *, signed: bool = False) -> Float[Tensor, "nod
     """Where scores start: the logarithm of the root mean square over prompts of each node's integrated gradient, standardised.
     signed: instead the mean, what helps above 0, over its root mean square over nodes."""
     rows = torch.arange(landscape.n_prompts)
-    rows = rows[torch.linspace(0, len(rows) - 1, min(PATH_PROMPTS, len(rows))).long()]
-    squares, mean = torch.zeros(landscape.n, device=landscape.device), torch.zeros(landscape.n, device=landscape.device)
+    rows = rows[torch.linspace(0, len(rows) - 1, min(PATH_PROMPTS, len(rows)), dtype=torch.float32).long()]
+    squares = mean = torch.zeros(landscape.n, device=landscape.device, dtype=torch.float32)
     for chunk in rows.split(min(landscape.reference.batch_size, 16)):
-        points = [landscape.gradient(torch.full((len(chunk), landscape.n), point), chunk, step=0)[1] for point in PATH]
+        points = [landscape.gradient(torch.full((len(chunk), landscape.n), point, dtype=torch.float32), chunk, step=0)[1] for point in PATH]
         found = torch.stack(points).mean(0)
         squares, mean = squares + found.pow(2).sum(0), mean - found.sum(0)
     if signed:

@@ -69,7 +69,7 @@ class PaperObjective:
         masks.gate = HardConcrete(straight_through=True)
         with torch.no_grad():
             for score in masks.parameters():
-                score.copy_(2.5 + torch.rand(score.shape, generator=generator))
+                score.copy_(2.5 + torch.rand(score.shape, generator=generator, dtype=torch.float32))
         optimizer = torch.optim.AdamW(masks.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         n = len(reference.prompts)
         per_epoch = math.ceil(n / self.batch_size)

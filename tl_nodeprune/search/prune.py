@@ -65,8 +65,8 @@ def prune(
     prompts that do not fit the model, that are all the same or held out and searched on, a loss without a gradient, a start over other
     nodes or with an objective, a time limit that is not above 0, and a checkpoint of another run; TypeError for what is no number or no
     PromptPairs; OSError for a checkpoint that cannot be written; RuntimeError where the masks are not attached, another circuit is
-    applied, or the model is in training mode with dropout; FloatingPointError at the step where logits or the loss are NaN or inf. The
-    model and the masks are then as before.
+    applied, the model is in training mode with dropout or gradient checkpointing, or it runs in `torch.inference_mode()`;
+    FloatingPointError at the step where logits or the loss are NaN or inf. The model and the masks are then as before.
     """
     check_types(prune, locals())
     budget = budget_of(masks.space, max_kl=max_kl, agreement=agreement, max_nodes=max_nodes, loss=loss, max_loss=max_loss,
@@ -93,7 +93,7 @@ def prune(
                 run = Run(masks, searched, held, budget, settings, bar, both_ways=budget.loss is kl_divergence)
                 run.train(saved)
                 result = found(run, start, exact_tests)
-    return told(masks, result, budget, objective=objective is not None, stacklevel=3)
+        return told(masks, result, budget, objective=objective is not None, stacklevel=3)
 
 
 def _check_start(masks: NodeMasks, start: Circuit | None, objective: PaperObjective | None) -> None:

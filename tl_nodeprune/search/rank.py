@@ -43,7 +43,7 @@ def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence
 
 def _check_varies(landscape: Landscape) -> None:
     """Raises ValueError where ablating every node leaves the loss as it is."""
-    ends = torch.stack([torch.ones(landscape.n), torch.zeros(landscape.n)])
+    ends = torch.stack([torch.ones(landscape.n, dtype=torch.float32), torch.zeros(landscape.n, dtype=torch.float32)])
     full, ablated = landscape.losses(ends, torch.arange(landscape.n_prompts)).loss.mean(-1).tolist()
     if abs(full - ablated) <= 1e-6 * max(abs(full), abs(ablated)):
         raise ValueError(f"the loss is constant: {full:.4g} for the full model and {ablated:.4g} with every node ablated, so no node is "

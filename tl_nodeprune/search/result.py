@@ -169,7 +169,7 @@ def _finished(result: PruneResult, masks: NodeMasks, budget: Budget, *, exact_te
         run = Run(masks, result.searched, result.held_out, budget, settings, bar, both_ways=budget.loss is kl_divergence)
         run.order = result.ranking.flat.to(run.order.device)
         better = found(run, None, exact_tests, result.frontier)
-    return told(masks, replace(better, history=result.history, p_value=result.p_value), budget, objective=False, stacklevel=4)
+        return told(masks, replace(better, history=result.history, p_value=result.p_value), budget, objective=False, stacklevel=4)
 
 
 def _different(prompts: PromptPairs | None) -> int:

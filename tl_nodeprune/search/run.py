@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_nodeprune.attachment import find_attachment
 from tl_nodeprune.checks import check_counts, check_number
-from tl_nodeprune.hooks import find_attachment
 from tl_nodeprune.landscape import STEP_COST, Landscape, circuits_of
 from tl_nodeprune.losses import kl_divergence
 from tl_nodeprune.masks import NodeMasks
@@ -113,15 +113,16 @@ def going(masks: NodeMasks, title: str, settings: Settings, show: bool) -> Itera
     before = ({name: p.detach().clone() for name, p in masks.scores.items()}, masks.gate, masks.ablation)
     bar = Progress(title, show=show, time_limit=settings.time_limit)
     try:
-        yield bar
+        try:
+            yield bar
+        finally:
+            bar.close()
     except BaseException:
         masks.gate, masks.ablation = before[1:]
         with torch.no_grad():
             for name, score in before[0].items():
                 masks.scores[name].copy_(score)
         raise
-    finally:
-        bar.close()
 
 
 def searchable(masks: NodeMasks, prompts: PromptPairs, *, stacklevel: int) -> Any:
@@ -133,7 +134,7 @@ def searchable(masks: NodeMasks, prompts: PromptPairs, *, stacklevel: int) -> An
         raise RuntimeError("a circuit is applied to this model; leave its `with` block before pruning.")
     if not attachment.active:
         raise RuntimeError("the masks are switched off here; leave `with masks.inactive()` before pruning.")
-    check_ready(model)
+    check_ready(model, gradient=True)
     prompts.check_fits(model)
     prompts.check_corrupted(masks.asked_ablation.name)
     if prompts.n_same and masks.asked_ablation.name == "interchange":
@@ -168,8 +169,8 @@ class Run:
         for landscape in self.landscapes:
             landscape.passed = progress.passed
             landscape.constants = self.landscapes[0].constants  # those learned on the prompts searched
-        self.order = torch.zeros(self.landscape.n, device=self.landscape.device)
-        self.trace, self.cut_short = torch.zeros(0, 3), False
+        self.order = torch.zeros(self.landscape.n, device=self.landscape.device, dtype=torch.float32)
+        self.trace, self.cut_short = torch.zeros(0, 3, dtype=torch.float32), False
         self.by_kl = budget.loss is kl_divergence
         self.n_held = sides[1].n_different if held is not None else 0
 

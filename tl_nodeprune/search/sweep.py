@@ -18,7 +18,7 @@ from tl_nodeprune.ablation import Ablation, as_ablation
 from tl_nodeprune.checks import check_agreement, check_counts, check_model, check_seed, check_several, check_types
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evaluation import Evaluation, evaluate
-from tl_nodeprune.masks import add_node_masks
+from tl_nodeprune.masks import make_node_masks
 from tl_nodeprune.parallel import in_tasks, is_loader
 from tl_nodeprune.probe import device_of, find_nodes
 from tl_nodeprune.prompts import PromptPairs
@@ -196,7 +196,7 @@ def _seeds(given: Sequence[int]) -> tuple[int, ...]:
 
 def _check(model: Any, work: _Work) -> None:
     """Raises what each task would: nodes that are not there, masks or a circuit attached, prompts that do not fit."""
-    add_node_masks(model, work.granularities, ablation=work.ablation).remove()
+    make_node_masks(model, work.granularities, ablation=work.ablation)
     work.prompts.check_fits(model)
 
 
@@ -204,16 +204,14 @@ def _runs(model: Any, work: _Work, done: Callable[[], object] = lambda: None) ->
     """One seed's run, cut and finished at each budget from the smallest to the largest. The model is left without masks."""
     _check(model, work)
     train, held_out = work.prompts.to(device_of(model)).split(work.share, work.seed)
-    masks = add_node_masks(model, work.granularities, ablation=work.fitted(model))
+    masks = make_node_masks(model, work.granularities, ablation=work.fitted(model))
     found: list[PruneResult] = []
-    try:
+    with masks.on(model):
         for max_kl in work.budgets:  # that a budget is untested stands in the table
             found.append(found[0].at(max_kl=max_kl, agreement=work.agreement, finish=masks) if found else
                          prune(masks, train, max_kl=max_kl, agreement=work.agreement, held_out=held_out, seed=work.seed, progress=False,
                                **work.search))
             done()
-    finally:
-        masks.remove()
     return [SweepRun(max_kl, work.seed, result, evaluate(model, result.circuit, held_out, batch_size=work.search["batch_size"]))
             for max_kl, result in zip(work.budgets, found, strict=True)]
 

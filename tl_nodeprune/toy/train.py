@@ -64,7 +64,7 @@ def batch_of(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> tuple[Te
     ids = [tokenizer.encode(clean + answer) for clean, answer in rows]
     width = max(map(len, ids))
     tokens = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids])
-    weights = torch.tensor([[1.0] * (len(row) - 1) + [ANSWER_WEIGHT] + [0.0] * (width - len(row)) for row in ids])
+    weights = torch.tensor([[1.0] * (len(row) - 1) + [ANSWER_WEIGHT] + [0.0] * (width - len(row)) for row in ids], dtype=torch.float32)
     return tokens, weights
 
 

@@ -147,7 +147,7 @@ def _share_text(circuit: Circuit, key: GateKey, scores: Values | None, effects: 
 
 def _head_texts(circuit: Circuit, layer: int, n: int, scores: Values | None, effects: Values | None) -> list[str]:
     hook, key = f"blocks.{layer}.attn.hook_z", GateKey("head", layer)
-    mask = circuit[hook] if hook in circuit else torch.zeros(0, 1)
+    mask = circuit[hook] if hook in circuit else torch.zeros(0, 1, dtype=torch.float32)
     values = values_texts(circuit, key, scores, effects) if key in circuit.space.present else [""] * n
     known = [f"{node_name(*key, i)}: {int(dims.sum())} of {len(dims)} dims live{values[i]}" for i, dims in enumerate(mask)]
     return known + [f"{node_name(*key, i)}: not gated" for i in range(len(known), n)]

@@ -12,9 +12,10 @@ from circuitsvis.utils.render import RenderedHTML
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.checks import check_counts, check_types
 from tl_nodeprune.circuit import Circuit, full_logits
-from tl_nodeprune.hooks import capture, mask_hooks, temporary_hooks
+from tl_nodeprune.hooks import capture, mask_hooks
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.probe import check_ready
 from tl_nodeprune.prompts import PromptPairs
