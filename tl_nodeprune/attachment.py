@@ -228,8 +228,8 @@ def find_attachment(model: Any) -> Attachment | None:
 def failed(model: Any, tokens: Tensor, why: str, error: Exception) -> ValueError:
     """The error to raise where a model's forward fails on tokens that this library looks at it with: it names a user's own hooks."""
     theirs = [name for name, point in dict(model.hook_dict).items() if not all(isinstance(h.user_hook, _Hook) for h in point.fwd_hooks)]
-    hint = (f"There are hooks of your own on it, at {', '.join(theirs[:3])}: make them work for prompts of any length, or take them off for "
-            "this call (model.reset_hooks())." if theirs else "Does `model(tokens)` run?")
+    hint = (f"There are hooks of your own on it, at {', '.join(theirs[:3])}: make them work for prompts of any length, or take them off "
+            "for this call (model.reset_hooks())." if theirs else "Does `model(tokens)` run?")
     return ValueError(f"this model's forward fails on {tokens.shape[-1]} tokens, so {why}: {type(error).__name__}: {error}. {hint}")
 
 
