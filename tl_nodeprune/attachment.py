@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import LensHandle
 
+from tl_nodeprune.checks import check_model
 from tl_nodeprune.scope import Scope, Token
 
 T = TypeVar("T")
@@ -213,8 +214,7 @@ def ledger_of(model: Any) -> Ledger:
     place = getattr(getattr(model, "blocks", model), "__dict__", {})
     if isinstance(found := place.get(_SLOT), Ledger):
         return found
-    if not hasattr(model, "hook_dict") or not hasattr(model, "cfg"):
-        raise TypeError(f"expected a HookedTransformer or TransformerBridge, got {type(model).__name__}.")
+    check_model(model)
     if found is not None:  # of a pickled model
         place.pop(_SLOT, None)
     return place.setdefault(_SLOT, Ledger())  # type: ignore[no-any-return]  # not under a lock: an interrupt may leave one locked
@@ -225,11 +225,17 @@ def find_attachment(model: Any) -> Attachment | None:
     return next((entry for entry in ledger_of(model).entries if entry.owner is not None and entry.live and entry.hooked), None)
 
 
+def hooks_of_others(model: Any) -> str:
+    """The first few hook points that have hooks of somebody else's, such as the user's; empty where none has."""
+    points = dict(model.hook_dict).items()
+    return ", ".join([name for name, point in points if not all(isinstance(h.user_hook, _Hook) for h in point.fwd_hooks)][:3])
+
+
 def failed(model: Any, tokens: Tensor, why: str, error: Exception) -> ValueError:
     """The error to raise where a model's forward fails on tokens that this library looks at it with: it names a user's own hooks."""
-    theirs = [name for name, point in dict(model.hook_dict).items() if not all(isinstance(h.user_hook, _Hook) for h in point.fwd_hooks)]
-    hint = (f"There are hooks of your own on it, at {', '.join(theirs[:3])}: make them work for prompts of any length, or take them off "
-            "for this call (model.reset_hooks())." if theirs else "Does `model(tokens)` run?")
+    theirs = hooks_of_others(model)
+    hint = (f"There are hooks of your own on it, at {theirs}: make them work for prompts of any length, or take them off for this call "
+            "(model.reset_hooks())." if theirs else "Does `model(tokens)` run?")
     return ValueError(f"this model's forward fails on {tokens.shape[-1]} tokens, so {why}: {type(error).__name__}: {error}. {hint}")
 
 

@@ -165,6 +165,7 @@ class NodeMasks(nn.Module):
 
     def on(self, model: Any) -> Scope:
         """The same for the length of a `with` block."""
+        check_types(NodeMasks.on, locals())
         return self._attachment(model).on()
 
     def _attachment(self, model: Any) -> Attachment:

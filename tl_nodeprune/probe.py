@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.architecture import Probe, matrices
-from tl_nodeprune.attachment import failed, inactive, ledger_of
+from tl_nodeprune.attachment import failed, hooks_of_others, inactive, ledger_of
 from tl_nodeprune.hooks import answer_logits, capture
 from tl_nodeprune.nodes import GRANULARITIES, GateKey, NodeSpace
 
@@ -31,6 +31,8 @@ def find_nodes(model: Any) -> NodeSpace:
     weights: list[tuple[str, int, int]] = []
     for layer in range(n_layers):
         found = probe.layer(layer)
+        if not found and (theirs := hooks_of_others(model)):
+            raise ValueError(f"{probe.lacking['layer']}. Or do your own hooks do that, at {theirs}? model.reset_hooks() takes them off.")
         shapes |= {GateKey(name, layer): found[name] for name in GRANULARITIES if name in found}
         lacking |= {name: why for name, why in probe.lacking.items() if name not in found} | lacking
         weights += _weights(model.blocks[layer], layer, found)
@@ -99,6 +101,8 @@ def check_causal(model: Any, attention_mask: Tensor) -> None:
                 one, other = capture(model, tokens, [name])[name][:, 0].float()
         except Exception as error:
             raise failed(model, tokens, "whether it is causal cannot be seen", error) from error
+        if not torch.isfinite(one + other).all():
+            return  # a broken model is named where its logits are looked at
         ledger.causal = float((one - other).abs().max()) <= rounding(model, torch.stack([one, other]))
     if not ledger.causal:
         raise ValueError("the prompts have padding, and attention in this model is not causal: padding would be attended to. "

@@ -6,6 +6,7 @@ A new public function fails here until it has a valid call in `CALLS`; a new num
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
@@ -166,6 +167,7 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "NodeMasks.paired": lambda w: (within(w.masks.paired), {"prompts": w.prompts}),
     "NodeMasks.standing_in": lambda w: (within(w.masks.standing_in), {"values": {"blocks.0.hook_mlp_out": torch.zeros(96)}}),
     "NodeMasks.attach": lambda w: (reattached(w), {"model": w.masks.model}),
+    "NodeMasks.on": lambda w: (within(tlnp.NodeMasks(w.masks.space).on), {"model": copy.deepcopy(w.masks.model)}),
     "NodeMasks.prune": lambda w: (w.masks.prune, {"prompts": w.prompts, "max_nodes": 4, "steps": 1, "exact_tests": 0, "progress": False}),
     "NodeScores": lambda w: (tlnp.NodeScores, {"gates": w.scores.gates, "space": w.scores.space}),
     "NodeScores.from_flat": lambda w: (tlnp.NodeScores.from_flat, {"flat": w.scores.flat, "space": w.scores.space}),

@@ -323,7 +323,7 @@ def test_a_hook_of_the_user_that_the_probe_breaks_is_named(fresh_toy: Toy) -> No
         model.add_node_masks()
     model.reset_hooks()
     model.add_hook("blocks.1.hook_resid_post", lambda x, hook: x * 3)
-    with pytest.raises(ValueError, match=r"your own hooks change that, at .*blocks\.1\.hook_resid_post"):
+    with pytest.raises(ValueError, match=r"your own hooks do that, at .*blocks\.1\.hook_resid_post"):
         model.add_node_masks()
 
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.attachment import temporary_hooks
 from tl_nodeprune.evaluation import Metrics
 from tl_nodeprune.nodes import GateKey, NodeSpace
 from tl_nodeprune.probe import find_nodes
@@ -90,7 +89,8 @@ def test_steps_and_batch_size_reach_each_search(toy: Toy, few: tlnp.PromptPairs)
     """Fewer steps are fewer; the batch size is memory, not result, of the search and of what judges it."""
     circuits, rows = [], list[int]()
     for batch_size in (2, 64):
-        handle = toy[0].hook_dict["blocks.0.hook_resid_pre"].register_forward_hook(lambda _, given, out: rows.append(len(out)))
+        handle = toy[0].hook_dict["blocks.0.hook_resid_pre"].register_forward_hook(
+            lambda _, given, out: rows.append(len(out)) if out.shape[1] == few.clean.shape[1] else None)  # not the probe's
         try:
             (run,) = tlnp.sweep(toy[0], few, max_kl=(0.1,), seeds=(0,), granularities=("head",), steps=3, batch_size=batch_size,
                                 progress=False).runs
@@ -135,8 +135,10 @@ def test_the_model_is_left_as_it_was_after_an_error(toy: Toy, few: tlnp.PromptPa
                                                     make: Callable[[], Executor | None]) -> None:
     model, executor = toy[0], make()
     before = model(few.clean)
-    with temporary_hooks(model, [("blocks.0.hook_resid_pre", lambda x, hook: x * math.nan)]), pytest.raises(FloatingPointError):
+    handle = model.hook_dict["blocks.0.hook_resid_pre"].register_forward_hook(lambda _, given, out: out * math.nan)
+    with pytest.raises(FloatingPointError):
         fails(few, model, executor=executor)
+    handle.remove()
     no_hooks_left(model)
     assert torch.equal(model(few.clean), before) and all(p.requires_grad for p in model.parameters())
     if executor:
