@@ -6,7 +6,6 @@ A new public function fails here until it has a valid call in `CALLS`; a new num
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import math
@@ -135,6 +134,17 @@ def reattached(world: World) -> Callable[..., None]:
     return call
 
 
+def while_on(world: World) -> Callable[..., None]:
+    def call(model: Any) -> None:
+        world.masks.remove()
+        try:
+            with world.masks.on(model):
+                pass
+        finally:
+            world.masks.attach(world.model)
+    return call
+
+
 def scores_of(world: World) -> dict[str, Tensor]:
     return {f"blocks.{layer}.attn.hook_z": torch.arange(4.0) for layer in range(3)}
 
@@ -167,7 +177,7 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "NodeMasks.paired": lambda w: (within(w.masks.paired), {"prompts": w.prompts}),
     "NodeMasks.standing_in": lambda w: (within(w.masks.standing_in), {"values": {"blocks.0.hook_mlp_out": torch.zeros(96)}}),
     "NodeMasks.attach": lambda w: (reattached(w), {"model": w.masks.model}),
-    "NodeMasks.on": lambda w: (within(tlnp.NodeMasks(w.masks.space).on), {"model": copy.deepcopy(w.masks.model)}),
+    "NodeMasks.on": lambda w: (while_on(w), {"model": w.masks.model}),
     "NodeMasks.prune": lambda w: (w.masks.prune, {"prompts": w.prompts, "max_nodes": 4, "steps": 1, "exact_tests": 0, "progress": False}),
     "NodeScores": lambda w: (tlnp.NodeScores, {"gates": w.scores.gates, "space": w.scores.space}),
     "NodeScores.from_flat": lambda w: (tlnp.NodeScores.from_flat, {"flat": w.scores.flat, "space": w.scores.space}),
