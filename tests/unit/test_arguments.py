@@ -136,12 +136,13 @@ def reattached(world: World) -> Callable[..., None]:
 
 def while_on(world: World) -> Callable[..., None]:
     def call(model: Any) -> None:
+        home = world.masks.model
         world.masks.remove()
         try:
             with world.masks.on(model):
                 pass
         finally:
-            world.masks.attach(world.model)
+            world.masks.attach(home)
     return call
 
 
