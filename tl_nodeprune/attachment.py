@@ -227,8 +227,11 @@ def find_attachment(model: Any) -> Attachment | None:
 
 def hooks_of_others(model: Any) -> str:
     """The first few hook points that have hooks of somebody else's, such as the user's; empty where none has."""
+    def is_others(hook: object) -> bool:
+        return not isinstance(hook, _Hook) and not str(getattr(hook, "__module__", "")).startswith("transformer_lens.")
+
     points = dict(model.hook_dict).items()
-    return ", ".join([name for name, point in points if not all(isinstance(h.user_hook, _Hook) for h in point.fwd_hooks)][:3])
+    return ", ".join([name for name, point in points if any(is_others(handle.user_hook) for handle in point.fwd_hooks)][:3])
 
 
 def failed(model: Any, tokens: Tensor, why: str, error: Exception) -> ValueError:

@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 def is_loader(model: Any) -> bool:
     """Whether this is a function that returns a model, not a model."""
-    return callable(model) and not isinstance(model, nn.Module)
+    return callable(model) and not isinstance(model, nn.Module | type)
 
 
 def in_tasks(executor: Executor, run: Callable[[Any, W], R], model: Any, works: Sequence[W], *, done: Callable[[], object]) -> list[R]:
