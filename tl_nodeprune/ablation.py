@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_nodeprune.checks import check_types
+from tl_nodeprune.checks import check_finite, check_types
 from tl_nodeprune.hooks import capture_nodes
 from tl_nodeprune.prompts import PromptPairs
 
@@ -56,7 +56,7 @@ class Ablation:
         """With constants from the clean prompts, float32: for "optimal" the mean over positions too, to start learning from.
 
         Of the model as it runs: masks that are attached are to be off (`masks.inactive()`).
-        Raises: ValueError where the prompts do not fit the model, or it has no such hook point.
+        Raises: ValueError where the prompts do not fit the model, or it has no such hook point; FloatingPointError for NaN or inf.
         """
         check_types(Ablation.fit, locals())
         prompts.check_fits(model)
@@ -65,6 +65,8 @@ class Ablation:
         if self.fitted:
             return self
         sums, count = _position_sums(model, prompts, hooks, batch_size)
+        for hook, total in sums.items():
+            check_finite(total, f"the activations at {hook}")
         if self.name == "optimal":
             return Ablation(self.name, {hook: (s.sum(0) / count.sum()) for hook, s in sums.items()})
         reach = prompts.reach  # padding that all prompts end in has no mean

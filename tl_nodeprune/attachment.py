@@ -39,7 +39,7 @@ class Ledger:
         for other in self.entries[: self.entries.index(new)]:
             if other.live and not other.kept and other.thread != new.thread:
                 raise RuntimeError("another thread is at work on this model, and hooks are common to all threads. Let one finish before "
-                                   "the next begins, or give each thread a copy: copy.deepcopy(model).")
+                                   "the next begins, or give each thread a model of its own.")
 
     def clear(self) -> bool:
         """Take off what calls that were interrupted have left, and masks whose hooks the user reset. Whether there was any."""
@@ -123,7 +123,7 @@ class Attachment:
         point.fwd_hooks.insert(0 if permanent else len(point.fwd_hooks), handle)
 
     def _check(self, embed: Any, args: tuple[Any, ...]) -> None:
-        tokens = self._tokens() if self._tokens else None
+        tokens = self._tokens() if self._tokens and self.hooked else None
         if tokens is None or not args or args[0].shape != tokens.shape or torch.equal(run := args[0].to(tokens.device), tokens):
             return
         first = int((run != tokens).any(1).nonzero()[0])

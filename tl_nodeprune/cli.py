@@ -199,6 +199,8 @@ def _check_asked(args: argparse.Namespace, max_kl: float | None) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file; give a folder, which need not exist yet.")
     files.check_apart(_outputs(args) | {"--out": args.out}, _inputs(args))
+    if args.checkpoint:
+        files.check_apart(_outputs(args), {"the folder of --checkpoint": args.checkpoint})
 
 
 def _outputs(args: argparse.Namespace) -> dict[str, Path]:

@@ -93,7 +93,10 @@ class NodeMasks(nn.Module):
         return total
 
     def to_circuit(self) -> Circuit:
-        """The thresholded, consistent circuit of the scores now."""
+        """The thresholded, consistent circuit of the scores now. Raises: FloatingPointError for a score that is NaN."""
+        for key in self.space.shapes:
+            if self.score(key).isnan().any():
+                raise FloatingPointError(f"NaN in the scores of {_name(key)}: whether these nodes are kept cannot be told.")
         return Circuit(self.space, {key: self.gate.kept(self.score(key)) for key in self.space.shapes}, self.ablation)
 
     def set_to(self, circuit: Circuit) -> None:

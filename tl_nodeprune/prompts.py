@@ -134,6 +134,8 @@ class PromptPairs:
             if not -len(self) <= index < len(self):
                 raise IndexError(f"prompt {index} does not exist; there are {len(self)}.")
             index = [index]
+        if isinstance(index, bool) or isinstance(index, Tensor) and index.dtype == torch.bool and not index.ndim:
+            raise TypeError(f"index={index!r}; give a number, a slice, several numbers, or {len(self)} of True and False.")
         try:
             chosen = index if isinstance(index, slice) else torch.as_tensor(index).cpu()
             rows = torch.arange(len(self))[chosen if isinstance(chosen, slice) or chosen.numel() else slice(0)].reshape(-1)
@@ -151,8 +153,7 @@ class PromptPairs:
         """The prompts in order, at most `batch_size` at a time. Raises: ValueError for a batch_size below 1."""
         check_types(PromptPairs.batches, locals())
         check_counts(batch_size=batch_size)
-        for start in range(0, len(self), batch_size):
-            yield self[start:start + batch_size]
+        return (self[start:start + batch_size] for start in range(0, len(self), batch_size))
 
     def to(self, device: torch.device | str) -> PromptPairs:
         """The same prompts on another device. Raises: ValueError for one that cannot be used here."""

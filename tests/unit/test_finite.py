@@ -118,3 +118,17 @@ def test_a_vocabulary_with_tokens_that_never_occur_gives_the_numbers_of_one_with
                 model.remove_node_masks()
             found.append((tlnp.evaluate(model, half, some), scores))
     assert found[0] == found[1] and found[0][0].kl > 0.1
+
+
+def test_broken_activations_are_no_means_and_no_pictures(toy: Toy) -> None:
+    model, prompts = toy
+    space = find_nodes(model)
+    everything = tlnp.Circuit.full(space)
+    for at, call in {
+        "blocks.1.mlp.hook_post": lambda: tlnp.Ablation("mean").fit(model, prompts, ["blocks.1.mlp.hook_post"]),
+        "blocks.1.attn.hook_pattern": lambda: tlnp.viz.kept_heads(model, everything, prompts),
+        "blocks.0.mlp.hook_post": lambda: tlnp.viz.kept_neurons(model, everything, prompts),
+    }.items():
+        with temporary_hooks(model, [(at, lambda x, hook: x.index_fill(-1, torch.tensor([0]), math.nan))]):
+            with pytest.raises(FloatingPointError, match=f"NaN or inf in the .* at {at}"):
+                call()

@@ -384,3 +384,41 @@ def test_nan_weights_are_no_matter_of_node_finding(fresh_toy: Toy) -> None:
     with pytest.raises(FloatingPointError, match="NaN or inf in the logits of the full model"):
         masks.prune(prompts, max_kl=0.1, progress=False)
     model.remove_node_masks()
+
+
+def test_padding_is_looked_at_without_the_user_s_hooks(toy: Toy) -> None:
+    """A hook that hides a later token's influence for a while does not settle what the model does without it."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(use_bidirectional_attention=True, vocab_size=199, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                              num_key_value_heads=2, head_dim=8, intermediate_size=64, initializer_range=0.2,
+                              architectures=["Gemma3ForCausalLM"])
+    hf = Gemma3ForCausalLM(config).eval()
+    model = TransformerBridge.boot_transformers("google/gemma-3-1b-pt", hf_model=hf, tokenizer=toy[0].tokenizer, device="cpu").eval()
+    tokens = torch.randint(1, 199, (2, 2, 9))
+    padded = tlnp.PromptPairs(tokens[0], tokens[1], torch.tensor([1, 2]), torch.tensor([3, 4]), torch.arange(9) < torch.tensor([[5], [9]]))
+    model.add_hook("blocks.1.hook_resid_post", lambda stream, hook: stream * 0)
+    padded.check_fits(model)
+    model.reset_hooks()
+    with pytest.raises(ValueError, match="attention in this model is not causal"):
+        padded.check_fits(model)
+
+
+def test_a_check_of_prompts_goes_with_the_masks(fresh_toy: Toy) -> None:
+    model, prompts = fresh_toy
+    masks = model.add_node_masks()
+    with masks.paired(prompts):
+        model.reset_hooks(including_permanent=True)
+        model(prompts.corrupted)  # no mask is on the model, so nothing is refused
+    tlnp.add_node_masks(model).remove()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_scores_that_are_nan_make_no_circuit(toy: Toy) -> None:
+    masks = tlnp.NodeMasks(find_nodes(toy[0]).restrict(("head",)))
+    with torch.no_grad():
+        masks.scores["head_0"][0] = torch.nan
+    with pytest.raises(FloatingPointError, match="NaN in the scores of head_0"):
+        masks.to_circuit()

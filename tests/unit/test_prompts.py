@@ -273,7 +273,7 @@ def test_masks_of_another_kind_are_refused(toy: Toy, padding: float) -> None:
 def test_batches_of_no_prompts_are_refused(toy: Toy) -> None:
     for size in (0, -1):
         with pytest.raises(ValueError, match=f"batch_size={size}; it must be a whole number, 1 or more"):
-            list(toy[1].batches(size))
+            toy[1].batches(size)
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_padding_where_attention_is_not_causal(toy: Toy, bidirectional: bool) -> None:
     from transformer_lens.model_bridge import TransformerBridge
@@ -295,3 +295,9 @@ def test_padding_where_attention_is_not_causal(toy: Toy, bidirectional: bool) ->
             tlnp.evaluate(model, circuit, padded)
     else:
         assert tlnp.evaluate(model, circuit, padded).kl > 0
+
+
+@pytest.mark.parametrize("index", [True, torch.tensor(True)])
+def test_true_is_no_index(toy: Toy, index: Any) -> None:
+    with pytest.raises(TypeError, match="index=.*give a number, a slice"):
+        toy[1][index]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_nodeprune.attachment import temporary_hooks
-from tl_nodeprune.checks import check_counts, check_types
+from tl_nodeprune.checks import check_counts, check_finite, check_types
 from tl_nodeprune.circuit import Circuit, full_logits
 from tl_nodeprune.hooks import capture, mask_hooks
 from tl_nodeprune.masks import masks_off
@@ -90,6 +90,8 @@ def kept_heads(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, prompt:
         seen = capture(model, one.clean, list(names.values()))
     if missing := sorted(set(names.values()) - set(seen)):
         raise ValueError(f"the model's forward gave no attention pattern at {missing[0]}; load it with attn_implementation=\"eager\".")
+    for name, pattern in seen.items():
+        check_finite(pattern, f"the attention pattern at {name}")
     patterns = torch.stack([seen[names[layer]][0, head][shown][:, shown].double().cpu().round(decimals=5) for layer, head in picked])
     rest = f", the largest gates of {len(gates):,}" if len(picked) < len(gates) else ""
     rest += f", on the last {len(shown):,} of {len(real):,} tokens" if len(shown) < len(real) else ""
@@ -190,6 +192,8 @@ def _neurons(model: Any, one: PromptPairs, layers: Sequence[int]) -> list[dict[i
     """Activations on the clean and on the corrupted prompt: layer -> [pos d_mlp], padding left out."""
     with masks_off(model):
         runs = [capture(model, tokens, [f"blocks.{layer}.mlp.hook_post" for layer in layers]) for tokens in (one.clean, one.corrupted)]
+    for name, values in (pair for run in runs for pair in run.items()):
+        check_finite(values, f"the activations at {name}")
     return [{layer: run[f"blocks.{layer}.mlp.hook_post"][0, _real(one)].float().cpu() for layer in layers} for run in runs]
 
 
