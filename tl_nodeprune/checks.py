@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -52,6 +52,20 @@ def check_level(**levels: float) -> None:
     for name, value in levels.items():
         if not 0 < value < 1:
             raise ValueError(f"{name}={value}; it must lie between 0 and 1.")
+
+
+def check_list(name: str, given: object) -> Sequence[Any]:
+    """Several values as they are. Raises TypeError for what is no list or tuple of them."""
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise TypeError(f"{name} must be a list, got {_type(given)}.")
+    return given
+
+
+def check_node(name: str, node: object) -> tuple[int, ...]:
+    """A node (layer, *index) as whole numbers. Raises TypeError."""
+    if not isinstance(node, Sequence) or not node or not all(isinstance(i, Integral) and not isinstance(i, bool) for i in node):
+        raise TypeError(f"{name} holds {node!r}; give tuples of whole numbers, (layer, *index).")
+    return tuple(int(i) for i in node)
 
 
 def check_seed(seed: int) -> None:

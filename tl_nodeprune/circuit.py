@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from torch import Tensor
 from tl_nodeprune import circuit_files, files
 from tl_nodeprune.ablation import Ablation, as_ablation
 from tl_nodeprune.attachment import Attachment, HookFn, find_attachment, ledger_of, temporary_hooks
-from tl_nodeprune.checks import check_types
+from tl_nodeprune.checks import check_list, check_node, check_types
 from tl_nodeprune.hooks import answer_logits, mask_hooks
-from tl_nodeprune.nodes import HOOKS, GateKey, Gates, NodeSpace, combine, count_parameters, settle
+from tl_nodeprune.nodes import GRANULARITIES, HOOKS, GateKey, Gates, NodeSpace, combine, count_parameters, settle
 from tl_nodeprune.probe import check_ready, find_nodes
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.scope import Scope
@@ -58,6 +59,51 @@ class Circuit(Mapping[str, Tensor]):
         """No node kept: the ablated run."""
         check_types(Circuit.empty, locals())
         return cls(space, {key: torch.zeros(shape, dtype=torch.float32) for key, shape in space.shapes.items()}, ablation)
+
+    @classmethod
+    def from_nodes(cls, model: Any, nodes: Mapping[str, Sequence[tuple[int, ...]]], ablation: str | Ablation = "interchange") -> Circuit:
+        """The circuit that keeps these nodes, and no other of the granularities named: {"head": [(9, 9), (10, 0)], "mlp": [(0,)]}, nodes as
+        (layer, *index), as `nodes` gives them. What is of other granularities is not gated.
+
+        Raises: ValueError for nodes that are empty or that the model lacks; TypeError for what is no model or no nodes.
+        """
+        check_types(Circuit.from_nodes, locals())
+        if not nodes:
+            raise ValueError('nodes is empty; give some of one granularity or more, such as {"head": [(0, 1)]}.')
+        space = find_nodes(model).restrict(nodes)
+        gates = {key: torch.zeros(shape, dtype=torch.float32) for key, shape in space.shapes.items()}
+        for granularity, kept in nodes.items():
+            for node in check_list(f"nodes[{granularity!r}]", kept):
+                layer, *index = check_node(f"nodes[{granularity!r}]", node)
+                gate = gates.get(GateKey(granularity, layer))
+                if gate is None or len(index) != gate.ndim or not all(0 <= i < n for i, n in zip(index, gate.shape, strict=True)):
+                    there = list(gate.shape) if gate is not None else "none"
+                    raise ValueError(f"nodes[{granularity!r}] holds {tuple(node)}, and the model has {there} in that layer; give "
+                                     "(layer, *index).")
+                gate[tuple(index)] = 1
+        return cls(space, gates, as_ablation(ablation))
+
+    @classmethod
+    def from_masks(cls, model: Any, masks: Mapping[str, Tensor], ablation: str | Ablation = "interchange") -> Circuit:
+        """The circuit of a dictionary hook name -> mask of 0 and 1, such as `dict(circuit)`; hook points that it lacks are not gated. Nodes
+        are the finest at each hook point.
+
+        Raises: ValueError for masks that are empty, of other values, or of another shape than the model's; TypeError for what is no model
+        or no masks.
+        """
+        check_types(Circuit.from_masks, locals())
+        space = find_nodes(model)
+        finest = {key.hook: key for key in sorted(space.present, key=lambda key: GRANULARITIES.index(key.granularity))}
+        for hook, mask in masks.items():
+            shape = space.present[finest[hook]] if hook in finest else None
+            if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
+                given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+                there = "no node" if shape is None else f"a mask {list(shape)}"
+                raise ValueError(f"masks[{hook!r}] is {given}; this model has {there} there.")
+        if not masks:
+            raise ValueError(f"masks is empty; give a mask at one hook point or more of {', '.join(finest)}.")
+        return cls(replace(space, shapes={finest[hook]: space.present[finest[hook]] for hook in masks}),
+                   {finest[hook]: mask for hook, mask in masks.items()}, as_ablation(ablation))
 
     def __getitem__(self, hook: str) -> Tensor:
         if hook not in self._masks:

@@ -156,6 +156,8 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "Ablation.fit": lambda w: (tlnp.Ablation("mean").fit, {"model": w.model, "prompts": w.prompts, "hooks": ["blocks.0.hook_mlp_out"]}),
     "Circuit": lambda w: (tlnp.Circuit, {"space": w.circuit.space, "gates": {k: w.circuit.live(*k) for k in w.circuit.space.shapes}}),
     "Circuit.full": lambda w: (tlnp.Circuit.full, {"space": w.circuit.space}),
+    "Circuit.from_nodes": lambda w: (tlnp.Circuit.from_nodes, {"model": w.model, "nodes": {"head": [(1, 2)]}}),
+    "Circuit.from_masks": lambda w: (tlnp.Circuit.from_masks, {"model": w.model, "masks": {"blocks.0.hook_mlp_out": torch.ones(96)}}),
     "Circuit.empty": lambda w: (tlnp.Circuit.empty, {"space": w.circuit.space}),
     "Circuit.live": lambda w: (w.circuit.live, {"granularity": "head", "layer": 1}),
     "Circuit.nodes": lambda w: (w.circuit.nodes, {"granularity": "head"}),
@@ -382,9 +384,9 @@ def real(kind: Any) -> Any:
 
 
 DOCUMENTED = (FloatingPointError, KeyError, OSError)
-CALLED = {"granularities": "granularit", "layers": "layer", "wrong_answers": "wrong_answer", "answers": "answer", "constants": "constant",
-          "name": "name|ablation|verdict", "hooks": "hook", "gates": "gates|scores", "seeds": "seed", "circuit_a": "circuit",
-          "circuit_b": "circuit"}
+CALLED = {"granularities": "granularit", "nodes": "nodes|granularity", "layers": "layer", "wrong_answers": "wrong_answer",
+          "answers": "answer", "constants": "constant", "name": "name|ablation|verdict", "hooks": "hook", "gates": "gates|scores",
+          "seeds": "seed", "circuit_a": "circuit", "circuit_b": "circuit"}
 
 
 def test_every_public_function_is_in_the_table() -> None:

@@ -345,3 +345,38 @@ def test_other_prompts_of_the_same_shape_are_refused(toy: Toy, circuit: tlnp.Cir
     no_hooks_left(model)
     with tlnp.Circuit.empty(circuit.space, tlnp.Ablation("zero")).applied(model, prompts):
         model(other)
+
+
+def test_circuits_of_one_s_own_nodes(toy: Toy) -> None:
+    model, prompts = toy
+    circuit = tlnp.Circuit.from_nodes(model, {"head": [(0, 1), (2, 3)], "mlp": [(1,)]}, "zero")
+    assert circuit.nodes("head") == [(0, 1), (2, 3)] and circuit.nodes("mlp") == [(1,)] and circuit.ablation.name == "zero"
+    assert circuit.space.granularities == ("mlp", "head") and circuit.size_total == 12 + 3
+    others = [(layer, head) for layer in range(3) for head in range(4) if (layer, head) not in ((0, 1), (2, 3))]
+    hooks = [(f"blocks.{layer}.attn.hook_z", lambda z, hook, head=head: z.index_fill(2, torch.tensor([head]), 0)) for layer, head in others]
+    hooks += [(f"blocks.{layer}.hook_mlp_out", lambda out, hook: out * 0) for layer in (0, 2)]
+    with circuit.applied(model, prompts):
+        found = model(prompts.clean)
+    assert torch.equal(found, model.run_with_hooks(prompts.clean, fwd_hooks=hooks))
+    for nodes, words in (({"head": [(0, 4)]}, r"holds \(0, 4\), and the model has \[4\]"), ({"head": [(3, 0)]}, "has none in that layer"),
+                         ({"mlp": [(0, 0)]}, "holds"), ({}, "empty"), ({"head": [(-1, 0)]}, "has none in that layer"),
+                         ({"heads": [(0, 0)]}, "unknown granularity")):
+        with pytest.raises(ValueError, match=words):
+            tlnp.Circuit.from_nodes(model, nodes)
+    with pytest.raises(TypeError, match="whole numbers"):
+        tlnp.Circuit.from_nodes(model, {"head": [0.5]})  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("granularities", [None, ("head", "mlp"), ("layer",), ("mlp_neuron", "attn")])
+def test_masks_and_back(toy: Toy, granularities: tuple[str, ...] | None) -> None:
+    model = toy[0]
+    space, generator = find_nodes(model).restrict(granularities), torch.Generator().manual_seed(0)
+    circuit = tlnp.Circuit(space, {key: torch.rand(shape, generator=generator) < 0.7 for key, shape in space.shapes.items()})
+    again = tlnp.Circuit.from_masks(model, dict(circuit))
+    assert list(again) == list(circuit) and all(torch.equal(again[hook], circuit[hook]) for hook in circuit)
+    with pytest.raises(ValueError, match="this model has a mask"):
+        tlnp.Circuit.from_masks(model, {hook: torch.ones(*mask.shape, 2) for hook, mask in circuit.items()})
+    with pytest.raises(ValueError, match="no node there"):
+        tlnp.Circuit.from_masks(model, {"blocks.0.hook_resid_mid": torch.ones(())})
+    with pytest.raises(ValueError, match="other values than 0"):
+        tlnp.Circuit.from_masks(model, {hook: mask + 0.5 for hook, mask in circuit.items()})
