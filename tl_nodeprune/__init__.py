@@ -10,7 +10,7 @@ from typing import Any
 
 from tl_nodeprune import shell
 
-shell.end_quietly_while_starting("tl-nodeprune")  # before the imports that take seconds
+shell.end_quietly_while_starting("tl-nodeprune", __name__)  # before the imports that take seconds
 
 # ruff: noqa: E402
 from tl_nodeprune import crosscheck, hypotheses, mib, tasks, toy, viz

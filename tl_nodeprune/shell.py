@@ -50,9 +50,10 @@ class Output:
             os.close(null)
 
 
-def end_quietly_while_starting(command: str) -> None:
-    """Where this process is that command, let Ctrl-C while Python still imports (seconds) be one line and 130, as it is later."""
-    if os.path.basename(sys.argv[0]) not in ("-m", command):  # "-m": python -m runs something of this package
+def end_quietly_while_starting(command: str, package: str) -> None:
+    """Where this process is that command, or `python -m package`, let Ctrl-C while Python still imports (seconds) be one line and 130, as
+    it is later. Any other program that imports the package keeps its own end."""
+    if os.path.basename(sys.argv[0]) != command and sys.orig_argv[1:3] != ["-m", package]:
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:

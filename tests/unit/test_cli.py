@@ -159,6 +159,7 @@ SHORT = ["prune", "--model", "toy", "--prompts", "12", "--steps", "1", "--granul
     (["--task", "t.jsonl", "--out", "r", "--html", "r"], "--html 'r' is the same file as --out"),
     (["--task", "report.json", "--out", "."], "the report 'report.json' is the same file as --task"),
     (["--task", "t.jsonl", "--out", "r", "--checkpoint", "c", "--html", "c/search.safetensors"], "is the same file as the checkpoint"),
+    (["--task", "t.jsonl", "--out", "r", "--checkpoint", "r/circuit.safetensors"], "is the same file as the folder of --checkpoint"),
     (["--task", "t.jsonl", "--out", "r", "--model", "m", "--html", "m/config.json"], "is the same file as the model's config.json"),
     (["--task", "t.jsonl", "--out", "r", "--html", "link.html"], "'link.html' is a symbolic link"),
     (["--task", "t.jsonl", "--out", "link.html"], "--out 'link.html' cannot be written"),
@@ -182,6 +183,7 @@ def test_outputs_are_checked_before_the_search(tmp_path: Path, monkeypatch: pyte
     said = capsys.readouterr()
     assert text in said.err and said.err.count("\n") == 1 and "KL" not in said.out
     assert {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not Path("r/circuit.safetensors").exists()
 
 
 def test_show_does_not_write_over_what_it_reads(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

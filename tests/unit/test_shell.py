@@ -80,9 +80,15 @@ def test_at_the_end_of_python_nothing_is_said_of_a_broken_pipe() -> None:
         assert process.stderr.read() == b"" and process.wait() == 0  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("argv0", "status"), [("/usr/bin/tl-nodeprune", 130), ("-m", 130), ("notebook", -signal.SIGINT)])
-def test_ctrl_c_while_python_imports(argv0: str, status: int) -> None:
-    script = "import runpy, sys; shell = runpy.run_path(sys.argv[1]); sys.argv[0] = sys.argv[2]\n" \
-             "shell['end_quietly_while_starting']('tl-nodeprune'); raise KeyboardInterrupt"
-    done = subprocess.run([sys.executable, "-c", script, shell.__file__, argv0], stderr=subprocess.PIPE, text=True, check=False)
+@pytest.mark.parametrize(("started", "status"), [
+    (["/usr/bin/tl-nodeprune"], 130), (["python", "-m", "tl_nodeprune", "demo"], 130), (["python", "notebook"], -signal.SIGINT),
+    (["python", "-m", "of_a_user"], -signal.SIGINT), (["python", "-m", "of_a_user", "-m", "tl_nodeprune"], -signal.SIGINT),
+])
+def test_ctrl_c_while_python_imports(started: list[str], status: int) -> None:
+    """A program of a user's that imports this package ends in its own way, and does what it does at its end."""
+    script = "import atexit, runpy, sys; shell = runpy.run_path(sys.argv[1]); sys.orig_argv = sys.argv[2:]\n" \
+             "sys.argv[0] = sys.orig_argv[0]; atexit.register(print, 'saved', flush=True)\n" \
+             "shell['end_quietly_while_starting']('tl-nodeprune', 'tl_nodeprune'); raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", script, shell.__file__, *started], capture_output=True, text=True, check=False)
     assert done.returncode == status and (done.stderr == "tl-nodeprune: stopped by Ctrl-C.\n") is (status == 130)
+    assert done.stdout == ("" if status == 130 else "saved\n")
