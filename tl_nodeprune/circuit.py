@@ -17,7 +17,7 @@ from tl_nodeprune.ablation import Ablation, as_ablation
 from tl_nodeprune.attachment import Attachment, HookFn, find_attachment, ledger_of, temporary_hooks
 from tl_nodeprune.checks import check_list, check_node, check_types
 from tl_nodeprune.hooks import answer_logits, mask_hooks
-from tl_nodeprune.nodes import GRANULARITIES, HOOKS, GateKey, Gates, NodeSpace, combine, count_parameters, settle
+from tl_nodeprune.nodes import HOOKS, GateKey, Gates, NodeSpace, combine, count_parameters, settle
 from tl_nodeprune.probe import check_ready, find_nodes
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.scope import Scope
@@ -93,16 +93,16 @@ class Circuit(Mapping[str, Tensor]):
         """
         check_types(Circuit.from_masks, locals())
         space = find_nodes(model)
-        finest = {key.hook: key for key in sorted(space.present, key=lambda key: GRANULARITIES.index(key.granularity))}
+        finest = {hook: space.at(hook)[-1] for hook in space.hooks}
         for hook, mask in masks.items():
-            shape = space.present[finest[hook]] if hook in finest else None
+            shape = space.shapes[finest[hook]] if hook in finest else None
             if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
                 given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
                 there = "no node" if shape is None else f"a mask {list(shape)}"
                 raise ValueError(f"masks[{hook!r}] is {given}; this model has {there} there.")
         if not masks:
             raise ValueError(f"masks is empty; give a mask at one hook point or more of {', '.join(finest)}.")
-        return cls(replace(space, shapes={finest[hook]: space.present[finest[hook]] for hook in masks}),
+        return cls(replace(space, shapes={finest[hook]: space.shapes[finest[hook]] for hook in masks}),
                    {finest[hook]: mask for hook, mask in masks.items()}, as_ablation(ablation))
 
     def __getitem__(self, hook: str) -> Tensor:
@@ -296,8 +296,7 @@ class Circuit(Mapping[str, Tensor]):
         link, a device or a pipe; ValueError for an empty name, or constants that are not finite or do not fit the nodes.
         """
         check_types(Circuit.save, locals())
-        target = files.check_target(path)
-        files.write(target, circuit_files.pack(self.space, self._live, self.ablation))
+        files.write(files.check_target(path), circuit_files.pack(self.space, self._live, self.ablation))
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:

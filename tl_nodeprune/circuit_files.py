@@ -172,7 +172,7 @@ def _space(given: _Space) -> NodeSpace:
         fields[name] = {GateKey(granularity, layer): tuple(shape) for granularity, layer, shape in fields[name]}
         if len(fields[name]) != len(getattr(given, name)):
             raise ValueError(f"{name} names a gate tensor twice")
-    space = NodeSpace(**fields)
+    space = NodeSpace(**fields | {"weights": tuple(fields["weights"])})
     if not space.shapes or any(space.present.get(key) != shape for key, shape in space.shapes.items()):
         raise ValueError("shapes has gate tensors that present has not, or none")
     for key, shape in space.present.items():

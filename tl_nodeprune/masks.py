@@ -51,7 +51,7 @@ class NodeMasks(nn.Module):
         return self.__dict__ | {"_attached": None}
 
     prune: Callable[..., PruneResult]
-    """`tl_nodeprune.prune` as a method; pruning.py sets it, so that its signature and docstring show in a notebook."""
+    """`tl_nodeprune.prune` as a method; `search.prune` sets it, so that its signature and docstring show in a notebook."""
 
     def score(self, key: GateKey) -> nn.Parameter:
         """The scores of one gate tensor. Raises: KeyError where it is not gated."""

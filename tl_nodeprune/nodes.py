@@ -75,9 +75,6 @@ class NodeSpace:
     weights: tuple[tuple[str, int, int], ...] = ()
     lacking: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", tuple(map(tuple, self.weights)))  # a file has lists
-
     @property
     def granularities(self) -> tuple[str, ...]:
         have = {key.granularity for key in self.shapes}

@@ -34,7 +34,7 @@ def find_nodes(model: Any) -> NodeSpace:
         if not found and (theirs := hooks_of_others(model)):
             raise ValueError(f"{probe.lacking['layer']}. Or do your own hooks do that, at {theirs}? model.reset_hooks() takes them off.")
         shapes |= {GateKey(name, layer): found[name] for name in GRANULARITIES if name in found}
-        lacking |= {name: why for name, why in probe.lacking.items() if name not in found} | lacking
+        lacking = probe.lacking | lacking  # the first layer's reason stands
         weights += _weights(model.blocks[layer], layer, found)
     if not shapes:
         raise ValueError(f"{lacking['layer']}. So nothing in this model is a node; supported are blocks with resid_post = resid_pre + what "

@@ -235,10 +235,13 @@ class PromptPairs:
         Raises: FloatingPointError where it is NaN or inf, unless gradients are on; ValueError for logits of another shape.
         """
         check_types(PromptPairs.logit_diff, locals())
-        if logits.ndim != 2 or len(logits) != len(self) or logits.shape[1] <= int(max(self.answers.max(), self.wrong_answers.max())):
-            raise ValueError(f"logits are {tuple(logits.shape)}; they must be [batch d_vocab], for these {len(self)} prompts and with all "
-                             "of their answers.")
-        difference = _pooled(logits, self.answers) - _pooled(logits, self.wrong_answers)
+        wrong = f"logits are {tuple(logits.shape)}; they must be [batch d_vocab], for these {len(self)} prompts, with all of their answers."
+        if logits.ndim != 2 or len(logits) != len(self):
+            raise ValueError(wrong)
+        try:
+            difference = _pooled(logits, self.answers) - _pooled(logits, self.wrong_answers)
+        except RuntimeError as error:  # asked before, the largest answer would be a look from the host at every step
+            raise ValueError(f"{wrong} {error}") from error
         if not torch.is_grad_enabled():
             check_finite(difference, "the logit difference")
         return difference
