@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.cli import load_model
-from tl_nodeprune.probe import find_nodes
+from tl_nodeprune.cli.main import load_model
+from tl_nodeprune.nodes.probe import find_nodes
 
 
 @dataclass(frozen=True)

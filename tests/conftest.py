@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.attachment import find_attachment
+from tl_nodeprune.nodes.attachment import find_attachment
 
 Toy = tuple[Any, tlnp.PromptPairs]
 

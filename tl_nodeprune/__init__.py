@@ -8,24 +8,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from tl_nodeprune import shell
+from tl_nodeprune.cli import shell
 
 shell.end_quietly_while_starting("tl-nodeprune", __name__)  # before the imports that take seconds
 
 # ruff: noqa: E402
-from tl_nodeprune import crosscheck, hypotheses, mib, tasks, toy, viz
-from tl_nodeprune.ablation import Ablation
-from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.evaluation import Evaluation, evaluate
-from tl_nodeprune.evidence import report
-from tl_nodeprune.gates import HardConcrete
-from tl_nodeprune.gates import Step as StepGate
-from tl_nodeprune.losses import kl_divergence
-from tl_nodeprune.masks import NodeMasks, add_node_masks, remove_node_masks
-from tl_nodeprune.nodes import GRANULARITIES
-from tl_nodeprune.prompts import PromptPairs
-from tl_nodeprune.reporting import Report
-from tl_nodeprune.scores import NodeScores
+from tl_nodeprune import mib, toy, viz
+from tl_nodeprune.circuit.circuit import Circuit
+from tl_nodeprune.circuit.scores import NodeScores
+from tl_nodeprune.evidence import crosscheck, hypotheses
+from tl_nodeprune.evidence.evaluation import Evaluation, evaluate
+from tl_nodeprune.evidence.report import report
+from tl_nodeprune.evidence.reporting import Report
+from tl_nodeprune.masks.ablation import Ablation
+from tl_nodeprune.masks.gates import HardConcrete
+from tl_nodeprune.masks.gates import Step as StepGate
+from tl_nodeprune.masks.losses import kl_divergence
+from tl_nodeprune.masks.node_masks import NodeMasks, add_node_masks, remove_node_masks
+from tl_nodeprune.nodes.space import GRANULARITIES
+from tl_nodeprune.prompts import tasks
+from tl_nodeprune.prompts.pairs import PromptPairs
 from tl_nodeprune.search import Estimate, PaperObjective, PruneResult, Sweep, estimate, prune, rank, sweep
 
 __version__ = "0.1.0"

@@ -2,6 +2,6 @@
 
 import sys
 
-from tl_nodeprune.cli import main
+from tl_nodeprune.cli.main import main
 
 sys.exit(main())

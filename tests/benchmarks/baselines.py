@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import capture_nodes
-from tl_nodeprune.landscape import Landscape
-from tl_nodeprune.nodes import GateKey, NodeSpace
-from tl_nodeprune.reference import Reference, positions
+from tl_nodeprune.masks.landscape import Landscape
+from tl_nodeprune.masks.reference import Reference, positions
+from tl_nodeprune.nodes.hooks import capture_nodes
+from tl_nodeprune.nodes.space import GateKey, NodeSpace
 
 FULL, ABLATED, PATH = (1.0,), (0.0,), tuple((i + 0.5) / 10 for i in range(10))
 """Points on the straight path from the ablated run (0) to the full model (1); the gradient is averaged over them."""

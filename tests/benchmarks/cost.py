@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.attachment import temporary_hooks
-from tl_nodeprune.landscape import Landscape
-from tl_nodeprune.reference import Reference
+from tl_nodeprune.masks.landscape import Landscape
+from tl_nodeprune.masks.reference import Reference
+from tl_nodeprune.nodes.attachment import temporary_hooks
 
 REPEATS = 15
 SHAPES = {"six": (6, 512, 8, 5000), "gpt2": (12, 768, 12, 50257)}  # layers, d_model, heads, vocabulary

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit import circuit_logits, full_logits
-from tl_nodeprune.evidence import bootstrap
-from tl_nodeprune.nodes import GateKey
-from tl_nodeprune.probe import find_nodes
+from tl_nodeprune.circuit.circuit import circuit_logits, full_logits
+from tl_nodeprune.evidence.report import bootstrap
+from tl_nodeprune.nodes.probe import find_nodes
+from tl_nodeprune.nodes.space import GateKey
 
 HEADS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (1, 3))
 SIZES = (10, 20, 50, 100, 200)

@@ -37,8 +37,8 @@ from today import TODAY, TODAY_BUDGET, against_today  # noqa: E402
 from trained import STEPS, TRAINED  # noqa: E402
 
 import tl_nodeprune as tlnp  # noqa: E402
-from tl_nodeprune.landscape import Landscape  # noqa: E402
-from tl_nodeprune.probe import find_nodes  # noqa: E402
+from tl_nodeprune.masks.landscape import Landscape  # noqa: E402
+from tl_nodeprune.nodes.probe import find_nodes  # noqa: E402
 from tl_nodeprune.search.budget import DISAGREEMENT, PER_NAT  # noqa: E402
 
 TOYS = tuple(f"toy/{name}" for name in ("ioi", "gendered_pronoun", "greater_than"))

@@ -33,10 +33,10 @@ import report  # noqa: E402
 from trained import STEPS, TRAINED  # noqa: E402
 
 import tl_nodeprune as tlnp  # noqa: E402
-from tl_nodeprune.landscape import Landscape  # noqa: E402
-from tl_nodeprune.masks import masks_off  # noqa: E402
-from tl_nodeprune.nodes import NodeSpace  # noqa: E402
-from tl_nodeprune.runs import Runs  # noqa: E402
+from tl_nodeprune.circuit.runs import Runs  # noqa: E402
+from tl_nodeprune.masks.landscape import Landscape  # noqa: E402
+from tl_nodeprune.masks.node_masks import masks_off  # noqa: E402
+from tl_nodeprune.nodes.space import NodeSpace  # noqa: E402
 
 LEVELS: dict[str, tuple[str, ...] | None] = {"neuron": None, "node": ("head", "mlp")}
 FOR_CMD, FOR_CPR = "ours, distance (for CMD)", "ours, shortfall (for CPR)"

@@ -42,8 +42,8 @@ from report import Results  # noqa: E402
 from trained import STEPS, TRAINED  # noqa: E402
 
 import tl_nodeprune as tlnp  # noqa: E402
-from tl_nodeprune.landscape import STEP_COST, Landscape  # noqa: E402
-from tl_nodeprune.reference import Reference  # noqa: E402
+from tl_nodeprune.masks.landscape import STEP_COST, Landscape  # noqa: E402
+from tl_nodeprune.masks.reference import Reference  # noqa: E402
 from tl_nodeprune.search.nested import Nested  # noqa: E402
 
 

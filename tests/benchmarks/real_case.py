@@ -17,8 +17,8 @@ from report import Results
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.cli import load_model
-from tl_nodeprune.landscape import Landscape
+from tl_nodeprune.cli.main import load_model
+from tl_nodeprune.masks.landscape import Landscape
 from tl_nodeprune.search.run import Progress, Settings
 
 SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.08, 0.12, 0.15, 0.20, 0.30, 0.50)

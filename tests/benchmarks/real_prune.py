@@ -12,7 +12,7 @@ from baselines import PAPER_GRANULARITIES, attached
 from real_case import Case, synchronise
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.probe import find_nodes
+from tl_nodeprune.nodes.probe import find_nodes
 
 MAX_KL, LAM, PAPER_STEPS = 0.25, 0.95, 1500
 FITTED = 0.9  # share of our time that the steps of the paper's objective are fitted into, so that its schedule comes to its end

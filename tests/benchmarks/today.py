@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.nodes import NodeSpace
+from tl_nodeprune.nodes.space import NodeSpace
 
 TODAY_BUDGET = 0.05
 TODAY: dict[str, tuple[int, float, float]] = {

@@ -13,7 +13,7 @@ import baselines
 import torch
 from torch import Tensor
 
-from tl_nodeprune.landscape import Landscape
+from tl_nodeprune.masks.landscape import Landscape
 from tl_nodeprune.search.nested import thresholds
 
 MATRYOSHKA, HARD_CONCRETE = "Matryoshka Attribution", "hard-concrete node pruning on the logit difference"

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.cli import main
-from tl_nodeprune.nodes import GateKey, NodeSpace
-from tl_nodeprune.probe import find_nodes
+from tl_nodeprune.cli.main import main
+from tl_nodeprune.nodes.probe import find_nodes
+from tl_nodeprune.nodes.space import GateKey, NodeSpace
 from tl_nodeprune.search import Step
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed; it is in the dev extra")

@@ -22,11 +22,11 @@ from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.attachment import temporary_hooks
-from tl_nodeprune.circuit import full_logits
-from tl_nodeprune.hooks import answer_logits, mask_hooks
-from tl_nodeprune.nodes import PARENTS, GateKey, NodeSpace
-from tl_nodeprune.probe import find_nodes
+from tl_nodeprune.circuit.circuit import full_logits
+from tl_nodeprune.nodes.attachment import temporary_hooks
+from tl_nodeprune.nodes.hooks import answer_logits, mask_hooks
+from tl_nodeprune.nodes.probe import find_nodes
+from tl_nodeprune.nodes.space import PARENTS, GateKey, NodeSpace
 
 Node = tuple[Any, ...]
 Nodes = frozenset[Node]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from planted import Plant, circuit_of, leaves_of
 
-from tl_nodeprune.crosscheck import Effects, activation_patching, agreement, attribution_patching
-from tl_nodeprune.losses import kl_divergence
+from tl_nodeprune.evidence.crosscheck import Effects, activation_patching, agreement, attribution_patching
+from tl_nodeprune.masks.losses import kl_divergence
 
 
 @cache

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tl_nodeprune import HardConcrete, StepGate
-from tl_nodeprune.hooks import Mix, mix
+from tl_nodeprune.nodes.hooks import Mix, mix
 
 GATE = HardConcrete()
 

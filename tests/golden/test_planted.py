@@ -13,7 +13,7 @@ import torch
 from planted import Plant, circuit_of, kl_of, leaves_of, nodes_of
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.hooks import capture_nodes
+from tl_nodeprune.nodes.hooks import capture_nodes
 
 MAX_KL, EXACT, COSTS = 0.05, 0.005, 0.15
 """The budget; what the truth alone may differ from the full model; what each of its nodes is worth at least: nats."""

@@ -21,7 +21,7 @@ from integration_support import random_pairs, run
 from oracle import Oracle
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.nodes import GateKey, NodeSpace
+from tl_nodeprune.nodes.space import GateKey, NodeSpace
 
 NODE = {"layer": (), "attn": (), "mlp": (), "head": (2,), "attn_neuron": (1, 3), "mlp_neuron": (5,), "mlp_out": (7,)}
 TOLERANCE = 1e-4  # of the largest logit

@@ -31,12 +31,12 @@ from integration_support import (
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.attachment import find_attachment
-from tl_nodeprune.hooks import answer_logits
-from tl_nodeprune.landscape import Landscape, circuits_of
-from tl_nodeprune.nodes import GateKey
-from tl_nodeprune.probe import can_slice, find_nodes
-from tl_nodeprune.reference import Reference
+from tl_nodeprune.masks.landscape import Landscape, circuits_of
+from tl_nodeprune.masks.reference import Reference
+from tl_nodeprune.nodes.attachment import find_attachment
+from tl_nodeprune.nodes.hooks import answer_logits
+from tl_nodeprune.nodes.probe import can_slice, find_nodes
+from tl_nodeprune.nodes.space import GateKey
 
 SHAPES = {"layer": (), "attn": (), "mlp": (), "head": (N_HEADS,), "attn_neuron": (N_HEADS, D_HEAD), "mlp_neuron": (D_MLP,),
           "mlp_out": (D_MODEL,)}

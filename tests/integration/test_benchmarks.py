@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.probe import find_nodes
+from tl_nodeprune.nodes.probe import find_nodes
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import baselines  # noqa: E402

@@ -13,7 +13,7 @@ from integration_support import random_pairs, run
 from oracle import Oracle
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.nodes.space import GateKey
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "architectures.md"
 KINDS = {

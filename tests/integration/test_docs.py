@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.cli import _parser
-from tl_nodeprune.probe import find_nodes
+from tl_nodeprune.cli.main import _parser
+from tl_nodeprune.nodes.probe import find_nodes
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]

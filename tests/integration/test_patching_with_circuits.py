@@ -16,9 +16,9 @@ from transformer_lens import patching
 from transformer_lens.tools.analysis import get_act_patch_direct_path
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.attachment import temporary_hooks
-from tl_nodeprune.nodes import GateKey
-from tl_nodeprune.probe import find_nodes
+from tl_nodeprune.nodes.attachment import temporary_hooks
+from tl_nodeprune.nodes.probe import find_nodes
+from tl_nodeprune.nodes.space import GateKey
 
 Toy = tuple[Any, tlnp.PromptPairs]
 NO_LAYER = ("attn", "mlp", "head", "attn_neuron", "mlp_neuron", "mlp_out")

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformer_lens import patching
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.nodes import GateKey
-from tl_nodeprune.probe import find_nodes
+from tl_nodeprune.nodes.probe import find_nodes
+from tl_nodeprune.nodes.space import GateKey
 
 
 @pytest.fixture(scope="module", params=["TransformerBridge", "HookedTransformer"])

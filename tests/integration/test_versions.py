@@ -12,7 +12,7 @@ from integration_support import NO_HOOKED, HookedTransformer, bridge, hf_model, 
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.probe import find_nodes
+from tl_nodeprune.nodes.probe import find_nodes
 
 needs_both = pytest.mark.skipif(HookedTransformer is None, reason=NO_HOOKED)
 Both = tuple[Any, Any, tlnp.PromptPairs]

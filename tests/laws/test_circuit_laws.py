@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit import circuit_logits
-from tl_nodeprune.hooks import capture
-from tl_nodeprune.probe import find_nodes
+from tl_nodeprune.circuit.circuit import circuit_logits
+from tl_nodeprune.nodes.hooks import capture
+from tl_nodeprune.nodes.probe import find_nodes
 
 Toy = tuple[Any, tlnp.PromptPairs]
 # every coarse gate here is covered by finer ones or a leaf itself, so that complement is defined on leaves alone
@@ -79,7 +79,7 @@ def test_circuits_are_consistent(toy: Toy, granularities: Any) -> None:
         live = c.live(*key)
         for parent in space.ancestors(key):
             above = c.live(*parent)
-            assert not (live & ~tlnp.nodes.spread(above, live.ndim)).any(), "a live child under a closed parent"
+            assert not (live & ~tlnp.nodes.space.spread(above, live.ndim)).any(), "a live child under a closed parent"
         if space.covered(key) and live.ndim == 0:
             assert bool(live) == any(bool(c.live(*child).any()) for child in space.children(key)), "a hollow parent"
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} and mask.dtype == torch.float32 for mask in c.values())

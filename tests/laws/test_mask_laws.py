@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit import full_logits
-from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.circuit.circuit import full_logits
+from tl_nodeprune.nodes.space import GateKey
 
 Toy = tuple[Any, tlnp.PromptPairs]
 SUBSETS = [None, ("layer",), ("attn", "mlp"), ("head", "mlp_neuron"), ("layer", "mlp_out"),
@@ -115,7 +115,7 @@ def test_closed_nodes_hold_their_stand_in_in_the_cache(toy: Toy) -> None:
     model, prompts = toy
     _, corrupted = model.run_with_cache(prompts.corrupted)
     closed = torch.tensor([False, True, False, True])
-    circuit = tlnp.Circuit(tlnp.probe.find_nodes(model).restrict(("head",), layers=[0]), {GateKey("head", 0): ~closed})
+    circuit = tlnp.Circuit(tlnp.nodes.probe.find_nodes(model).restrict(("head",), layers=[0]), {GateKey("head", 0): ~closed})
     with circuit.applied(model, prompts):
         _, cache = model.run_with_cache(prompts.clean)
     z = "blocks.0.attn.hook_z"
@@ -140,7 +140,7 @@ def test_removed_masks_leave_nothing_and_weights_as_they_were(fresh_toy: Toy, no
 @pytest.mark.parametrize("hook", ["blocks.1.attn.hook_z", "blocks.2.hook_mlp_out"])
 def test_an_exception_in_a_forward_leaves_nothing(toy: Toy, no_hooks_left: Callable[[Any], None], hook: str) -> None:
     model, prompts = toy
-    circuit = random_circuit(tlnp.probe.find_nodes(model), 0)
+    circuit = random_circuit(tlnp.nodes.probe.find_nodes(model), 0)
 
     def explode(activation: Tensor, hook: Any) -> Tensor:
         raise ArithmeticError("user hook")

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.attachment import find_attachment
-from tl_nodeprune.probe import find_nodes
+from tl_nodeprune.nodes.attachment import find_attachment
+from tl_nodeprune.nodes.probe import find_nodes
 from tl_nodeprune.search.sweep import SweepRun
 
 HERE = str(Path(tlnp.__file__).parent)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.attachment import temporary_hooks
-from tl_nodeprune.probe import find_nodes
+from tl_nodeprune.nodes.attachment import temporary_hooks
+from tl_nodeprune.nodes.probe import find_nodes
 
 Toy = tuple[Any, tlnp.PromptPairs]
 HEADS = ("head", "mlp")

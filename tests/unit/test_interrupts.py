@@ -15,8 +15,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import tl_nodeprune as tlnp
-from tl_nodeprune import attachment
-from tl_nodeprune.attachment import temporary_hooks
+from tl_nodeprune.nodes import attachment
+from tl_nodeprune.nodes.attachment import temporary_hooks
 
 Toy = tuple[Any, tlnp.PromptPairs]
 Line = tuple[str, int]
@@ -100,7 +100,7 @@ class State:
 
 
 def some_circuit(model: Any) -> tlnp.Circuit:
-    space = tlnp.probe.find_nodes(model).restrict(("head", "mlp"))
+    space = tlnp.nodes.probe.find_nodes(model).restrict(("head", "mlp"))
     return tlnp.Circuit(space, {key: torch.arange(torch.Size(shape).numel()).view(shape) % 2 for key, shape in space.shapes.items()})
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from tl_nodeprune.checks import check_counts, check_logits, check_number, check_types
-from tl_nodeprune.gates import HardConcrete
-from tl_nodeprune.losses import kl_divergence
-from tl_nodeprune.masks import NodeMasks
-from tl_nodeprune.nodes import GRANULARITIES
-from tl_nodeprune.prompts import PromptPairs
-from tl_nodeprune.reference import Reference
+from tl_nodeprune.masks.gates import HardConcrete
+from tl_nodeprune.masks.losses import kl_divergence
+from tl_nodeprune.masks.node_masks import NodeMasks
+from tl_nodeprune.masks.reference import Reference
+from tl_nodeprune.nodes.checks import check_counts, check_logits, check_number, check_types
+from tl_nodeprune.nodes.space import GRANULARITIES
+from tl_nodeprune.prompts.pairs import PromptPairs
 
 
 @dataclass(frozen=True)

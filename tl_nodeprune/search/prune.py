@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from tl_nodeprune.checks import check_counts, check_seed, check_types
-from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.losses import LossFn, kl_divergence
-from tl_nodeprune.masks import NodeMasks
-from tl_nodeprune.probe import device_of, peak_memory
-from tl_nodeprune.prompts import PromptPairs
-from tl_nodeprune.reference import Reference
-from tl_nodeprune.scores import NodeScores
+from tl_nodeprune.circuit.circuit import Circuit
+from tl_nodeprune.circuit.scores import NodeScores
+from tl_nodeprune.masks.losses import LossFn, kl_divergence
+from tl_nodeprune.masks.node_masks import NodeMasks
+from tl_nodeprune.masks.reference import Reference
+from tl_nodeprune.nodes.checks import check_counts, check_seed, check_types
+from tl_nodeprune.nodes.probe import device_of, peak_memory
+from tl_nodeprune.prompts.pairs import PromptPairs
 from tl_nodeprune.search.budget import Budget, budget_of
 from tl_nodeprune.search.checkpoint import Checkpoint, asked
 from tl_nodeprune.search.held_out import set_aside

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 import torch
 
-from tl_nodeprune.checks import check_counts, check_types
-from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.losses import kl_divergence
-from tl_nodeprune.masks import NodeMasks
-from tl_nodeprune.preference import FEWEST, SIGNIFICANT
-from tl_nodeprune.probe import peak_memory
-from tl_nodeprune.prompts import PromptPairs
-from tl_nodeprune.scores import NodeScores
+from tl_nodeprune.circuit.circuit import Circuit
+from tl_nodeprune.circuit.scores import NodeScores
+from tl_nodeprune.masks.losses import kl_divergence
+from tl_nodeprune.masks.node_masks import NodeMasks
+from tl_nodeprune.nodes.checks import check_counts, check_types
+from tl_nodeprune.nodes.probe import peak_memory
+from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.prompts.preference import FEWEST, SIGNIFICANT
 from tl_nodeprune.search.budget import Budget, budget_of
 from tl_nodeprune.search.cut import smallest
 from tl_nodeprune.search.held_out import ENOUGH, HeldOut

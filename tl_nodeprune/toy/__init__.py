@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tl_nodeprune import tasks
-from tl_nodeprune.checks import check_types
-from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.nodes.checks import check_types
+from tl_nodeprune.prompts import tasks
+from tl_nodeprune.prompts.pairs import PromptPairs
 
 __all__ = ["load"]
 

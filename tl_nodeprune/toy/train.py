@@ -1,6 +1,6 @@
 """Train the embedded model: `python -m tl_nodeprune.toy.train OUT_DIR`. About 15 minutes on two CPU cores, fixed seed.
 
-A GPT-2-shaped transformer (3 layers, 4 heads, d_model 96) on the sentences of `tl_nodeprune.tasks`, as a language model with
+A GPT-2-shaped transformer (3 layers, 4 heads, d_model 96) on the sentences of `tl_nodeprune.prompts.tasks`, as a language model with
 extra weight on the answer. One prompt in ten, chosen by its text, is never trained on: `held_out` tells which.
 """
 
@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import trange
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tl_nodeprune import files
-from tl_nodeprune.tasks import ROWS, Row, Words
+from tl_nodeprune.circuit import files
+from tl_nodeprune.prompts.tasks import ROWS, Row, Words
 from tl_nodeprune.toy import CONFIG, special_tokens
 
 STEPS, BATCH, RATE, SEED = 4000, 192, 2e-3, 0

@@ -6,11 +6,11 @@ from typing import Any
 
 import pandas as pd
 
-from tl_nodeprune.checks import check_types
-from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.evaluation import evaluate
-from tl_nodeprune.prompts import PromptPairs
-from tl_nodeprune.reporting import Report
+from tl_nodeprune.circuit.circuit import Circuit
+from tl_nodeprune.evidence.evaluation import evaluate
+from tl_nodeprune.evidence.reporting import Report
+from tl_nodeprune.nodes.checks import check_types
+from tl_nodeprune.prompts.pairs import PromptPairs
 from tl_nodeprune.search import PruneResult
 from tl_nodeprune.viz.curves import agreement, frontier, history
 from tl_nodeprune.viz.graph import circuit_graph

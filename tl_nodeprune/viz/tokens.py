@@ -12,13 +12,13 @@ from circuitsvis.utils.render import RenderedHTML
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.attachment import temporary_hooks
-from tl_nodeprune.checks import check_counts, check_finite, check_types
-from tl_nodeprune.circuit import Circuit, full_logits
-from tl_nodeprune.hooks import capture, mask_hooks
-from tl_nodeprune.masks import masks_off
-from tl_nodeprune.probe import check_ready
-from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.circuit.circuit import Circuit, full_logits
+from tl_nodeprune.masks.node_masks import masks_off
+from tl_nodeprune.nodes.attachment import temporary_hooks
+from tl_nodeprune.nodes.checks import check_counts, check_finite, check_types
+from tl_nodeprune.nodes.hooks import capture, mask_hooks
+from tl_nodeprune.nodes.probe import check_ready
+from tl_nodeprune.prompts.pairs import PromptPairs
 from tl_nodeprune.viz.page import CAPTION, parts_of
 from tl_nodeprune.viz.values import HasCircuit, circuit_of
 

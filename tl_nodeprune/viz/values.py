@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.checks import check_types
-from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.effects import Effects
-from tl_nodeprune.nodes import GateKey, spread
-from tl_nodeprune.reporting import Report
+from tl_nodeprune.circuit.circuit import Circuit
+from tl_nodeprune.circuit.effects import Effects
+from tl_nodeprune.evidence.reporting import Report
+from tl_nodeprune.nodes.checks import check_types
+from tl_nodeprune.nodes.space import GateKey, spread
 from tl_nodeprune.search import PruneResult
 
 Values = Mapping[str, Tensor]

@@ -1,0 +1,220 @@
+"""Circuits as files: safetensors whose every field is checked and whose every byte goes into a checksum.
+
+Metadata: "format"; "ablation", its name; "space", the nodes as JSON (see `_Space`); "sha256", of the file with 64 zeros in that place.
+Tensors: "gate/GRANULARITY/LAYER", uint8, 1 = kept; "constant/HOOK", the ablation's, of any float type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tl_nodeprune.masks.ablation import ABLATIONS, Ablation
+from tl_nodeprune.nodes.space import GRANULARITIES, GateKey, Gates, NodeSpace
+
+_FORMAT, _OLDER = "tl_nodeprune.circuit/2", "tl_nodeprune.circuit/1"
+_BLANK = "0" * 64
+_MOST_HEADER, _MOST_NODES, _MOST_POSITIONS = 1 << 24, 1 << 26, 1 << 20  # far above any model's: bytes; of all layers; of mean constants
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = _FLOATS | {"U8": torch.uint8}
+
+_Count = Annotated[int, pydantic.Field(ge=1)]
+_Whole = Annotated[int, pydantic.Field(ge=1, le=_MOST_NODES)]
+_Layer = Annotated[int, pydantic.Field(ge=0, lt=10_000)]
+_Rows = list[tuple[Literal[GRANULARITIES], _Layer, list[_Whole]]]  # type: ignore[valid-type]
+_STRICT = pydantic.ConfigDict(strict=True, extra="forbid")
+
+
+class _Space(pydantic.BaseModel):
+    """The fields of a NodeSpace that are saved; shapes are rows of granularity, layer, shape."""
+
+    model_config = _STRICT
+    shapes: _Rows
+    present: _Rows
+    d_model: _Whole
+    n_layers: Annotated[int, pydantic.Field(ge=1, le=10_000)]
+    kv_heads: _Whole
+    gated_mlp: bool
+    model_name: str
+    weights: list[tuple[Literal["attn", "mlp", "layer"], _Layer, _Count]]
+
+
+class _Metadata(pydantic.BaseModel):
+    model_config = _STRICT
+    format: Literal["tl_nodeprune.circuit/2"]
+    ablation: Literal[ABLATIONS]  # type: ignore[valid-type]
+    space: str
+    sha256: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Entry(pydantic.BaseModel):
+    model_config = _STRICT
+    dtype: str
+    shape: list[_Whole]
+    data_offsets: list[int]
+
+    @property
+    def size(self) -> int:
+        return _DTYPES[self.dtype].itemsize * math.prod(self.shape)
+
+
+class _Plan(NamedTuple):
+    """What a header declares."""
+
+    space: NodeSpace
+    ablation: str
+    sha256: str
+    tensors: dict[str, _Entry]
+
+
+_HEADER = pydantic.TypeAdapter(dict[str, dict[str, Any]])
+
+
+def pack(space: NodeSpace, live: Gates, ablation: Ablation) -> bytes:
+    """A circuit as the bytes of a file. Raises ValueError for one that `unpack` would not take."""
+    tensors = {f"gate/{key.granularity}/{key.layer}": gate.to(torch.uint8) for key, gate in live.items()}
+    if ablation.name in ("mean", "optimal"):
+        tensors |= {f"constant/{hook}": value.contiguous() for hook, value in ablation.constants.items()}
+    rows = {name: [[*key, list(shape)] for key, shape in getattr(space, name).items()] for name in ("shapes", "present")}
+    fields = {name: value for name, value in asdict(space).items() if name in _Space.model_fields}
+    metadata = {"format": _FORMAT, "ablation": ablation.name, "space": json.dumps(fields | rows), "sha256": _BLANK}
+    data = safetensors.torch.save(tensors, metadata)
+    header = data[8:8 + int.from_bytes(data[:8], "little")]
+    try:
+        _plan(header)
+        _check_values(tensors)
+    except ValueError as error:
+        raise ValueError(f"this circuit cannot be saved: {_in_words(error)}") from error
+    return data.replace(_mark(_BLANK), _mark(_checksum(header, _BLANK, memoryview(data)[8 + len(header):])), 1)
+
+
+def unpack(path: Path) -> tuple[NodeSpace, Gates, Ablation]:
+    """A circuit from a file, in memory of its own. What a file declares is checked before any of it is read.
+
+    Raises: FileNotFoundError; OSError where it cannot be read; ValueError for a file that is damaged or no circuit.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}.")
+    with open(path, "rb") as file:
+        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(_MOST_HEADER, size - 8):
+            raise ValueError(f"{path} is damaged or no safetensors file.")
+        header = file.read(length)
+        try:
+            plan = _plan(header)
+            right = 8 + length + sum(entry.size for entry in plan.tensors.values())
+            if size != right:
+                raise ValueError(f"it has {size} bytes, and should have {right}")
+            data = bytearray(size - 8 - length)
+            if file.readinto(data) != len(data) or _checksum(header, plan.sha256, data) != plan.sha256:
+                raise ValueError("its checksum does not fit what is in it")
+            tensors = {name: _tensor(data, entry) for name, entry in plan.tensors.items()}
+            _check_values(tensors)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged or no circuit of this library: {_in_words(error)}") from error
+    gates = {key: tensors[f"gate/{key.granularity}/{key.layer}"] for key in plan.space.shapes}
+    constants = {name.removeprefix("constant/"): value for name, value in tensors.items() if name.startswith("constant/")}
+    return plan.space, gates, Ablation(plan.ablation, constants)
+
+
+def _tensor(data: bytearray, entry: _Entry) -> Tensor:
+    """A tensor of a file, in the file's memory as it was read."""
+    flat = torch.frombuffer(data, dtype=_DTYPES[entry.dtype], offset=entry.data_offsets[0], count=math.prod(entry.shape))
+    return flat.view(entry.shape)
+
+
+def _plan(header: bytes) -> _Plan:
+    """Read a header. Raises ValueError for one that `pack` does not write."""
+    entries = _HEADER.validate_json(header)
+    fields = entries.pop("__metadata__", {})
+    if fields.get("format") != _FORMAT:
+        older = "; an older version wrote it, without a checksum: find the circuit again" if fields.get("format") == _OLDER else ""
+        raise ValueError(f"its format is {fields.get('format')!r}, expected {_FORMAT!r}{older}")
+    metadata = _Metadata.model_validate(fields)
+    space = _space(_Space.model_validate_json(metadata.space))
+    tensors = {name: _Entry.model_validate(entry) for name, entry in entries.items()}
+    gates = {f"gate/{key.granularity}/{key.layer}": shape for key, shape in space.shapes.items()}
+    if missing := [name for name in gates if name not in tensors]:
+        raise ValueError(f"it lacks {missing[0]}")
+    for name, entry in tensors.items():
+        shape, fits = tuple(entry.shape), False
+        if name in gates:
+            fits = entry.dtype == "U8" and shape == gates[name]
+        elif name.startswith("constant/") and metadata.ablation in ("mean", "optimal"):
+            first = shape[:1] if metadata.ablation == "mean" else ()
+            width = _width(space, name.removeprefix("constant/"))
+            fits = width is not None and entry.dtype in _FLOATS and shape == first + width and first < (_MOST_POSITIONS,)
+        if not fits:
+            raise ValueError(f"{name} of {entry.dtype} {list(shape)} has no place in it")
+    place = 0
+    for entry in sorted(tensors.values(), key=lambda one: one.data_offsets):
+        if entry.data_offsets != [place, place + entry.size]:
+            raise ValueError(f"a tensor lies at {entry.data_offsets}, expected {[place, place + entry.size]}")
+        place += entry.size
+    return _Plan(space, metadata.ablation, metadata.sha256, tensors)
+
+
+def _space(given: _Space) -> NodeSpace:
+    """The nodes, where they are those of one model. Raises ValueError."""
+    fields = given.model_dump()
+    for name in ("shapes", "present"):
+        fields[name] = {GateKey(granularity, layer): tuple(shape) for granularity, layer, shape in fields[name]}
+        if len(fields[name]) != len(getattr(given, name)):
+            raise ValueError(f"{name} names a gate tensor twice")
+    space = NodeSpace(**fields | {"weights": tuple(fields["weights"])})
+    if not space.shapes or any(space.present.get(key) != shape for key, shape in space.shapes.items()):
+        raise ValueError("shapes has gate tensors that present has not, or none")
+    for key, shape in space.present.items():
+        heads = space.present.get(GateKey("head", key.layer), (0,))
+        right = {"head": len(shape) == 1 and shape[0] % space.kv_heads == 0, "attn_neuron": len(shape) == 2 and shape[:1] == heads,
+                 "mlp_neuron": len(shape) == 1, "mlp_out": shape == (space.d_model,)}
+        if key.layer >= space.n_layers or not right.get(key.granularity, shape == ()):
+            raise ValueError(f"{key.granularity} nodes {list(shape)} in layer {key.layer} fit no model of {space.n_layers} layers, "
+                             f"d_model {space.d_model} and {space.kv_heads} key heads")
+    if sum(math.prod(shape) for shape in space.present.values()) > _MOST_NODES:
+        raise ValueError(f"it has more than {_MOST_NODES:,} nodes")
+    return space
+
+
+def _width(space: NodeSpace, hook: str) -> tuple[int, ...] | None:
+    """The shape of an activation at a hook point, without batch and pos; None where there are no nodes."""
+    here = [shape for key, shape in space.present.items() if key.hook == hook]
+    return (max(here, key=len) or (space.d_model,)) if here else None
+
+
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for gates other than 0 and 1, and constants that are not finite."""
+    for name, value in tensors.items():
+        if value.dtype == torch.uint8 and int(value.max()) > 1:
+            raise ValueError(f"{name} holds {int(value.max())}; gates are 0 or 1")
+        if value.is_floating_point() and not torch.stack(value.aminmax()).isfinite().all():  # takes no memory
+            raise ValueError(f"{name} holds NaN or inf")
+
+
+def _checksum(header: bytes, digest: str, data: bytes | bytearray | memoryview) -> str:
+    """SHA-256 of a file whose checksum is `digest`, with zeros in that place."""
+    found = hashlib.sha256(len(header).to_bytes(8, "little") + header.replace(_mark(digest), _mark(_BLANK), 1))
+    found.update(data)
+    return found.hexdigest()
+
+
+def _mark(digest: str) -> bytes:
+    return f'"sha256":"{digest}"'.encode()
+
+
+def _in_words(error: Exception) -> str:
+    if not isinstance(error, pydantic.ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'its header'}: {first['msg']}"

@@ -1,0 +1,285 @@
+"""The command `tl-nodeprune`: the demo, pruning a model, and a page about a circuit, from a shell."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tl_nodeprune import toy
+from tl_nodeprune.circuit import files
+from tl_nodeprune.circuit.circuit import Circuit
+from tl_nodeprune.cli import shell
+from tl_nodeprune.cli.output import VERDICTS, as_json, show
+from tl_nodeprune.evidence.crosscheck import COARSE, activation_patching
+from tl_nodeprune.evidence.evaluation import evaluate
+from tl_nodeprune.masks.ablation import as_ablation
+from tl_nodeprune.masks.node_masks import add_node_masks
+from tl_nodeprune.nodes.checks import check_agreement, check_counts
+from tl_nodeprune.nodes.space import GRANULARITIES, check_granularities
+from tl_nodeprune.prompts import tasks
+from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.search import PruneResult
+from tl_nodeprune.search.checkpoint import NAME as CHECKPOINT
+from tl_nodeprune.viz import overview, save_html
+
+_CIRCUIT, _REPORT = "circuit.safetensors", "report.json"
+_PATCHED = 32  # prompts that effects of single nodes are measured on
+_MAX_KL = 0.05  # nats, where no budget is given
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit status, see `shell.run`; raises SystemExit(2) for an unknown option, as argparse does."""
+    return shell.run("tl-nodeprune", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    args = _parser().parse_args(argv)
+    for name in ("model", "task", "circuit", "html", "out", "checkpoint"):
+        if getattr(args, name, None) == "":
+            raise ValueError(f"{'' if name == 'circuit' else '--'}{name} is ''; give a name.")
+    for name in ("circuit", "html", "out", "checkpoint"):
+        if getattr(args, name, None) is not None:
+            setattr(args, name, Path(getattr(args, name)))
+    args.command(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tl-nodeprune", description="Find the nodes of a transformer that a task needs.")
+    commands = parser.add_subparsers(required=True)
+    demo = commands.add_parser("demo", help="find a circuit in the small model that comes with the package")
+    demo.add_argument("--task", default="ioi", choices=tuple(tasks.ROWS))
+    demo.add_argument("--html", default=str(Path("out") / "demo.html"), help="the page to write (default: %(default)s)")
+    demo.set_defaults(command=_demo)
+    show = commands.add_parser("show", help="write a page about a saved circuit: summary, figures, kept nodes")
+    show.add_argument("circuit", help="a circuit.safetensors that `prune` or Circuit.save wrote")
+    show.add_argument("--html", required=True, help="the page to write; it needs no network")
+    show.add_argument("--no-effects", action="store_true", help="leave out the effects of single heads and blocks, one run each")
+    _add_model_and_task(show, seed=1, prompts=64, seed_of="the named tasks' prompts")
+    show.set_defaults(command=_show_page)
+    prune = commands.add_parser("prune", help="find a circuit in a model of yours")
+    budget = prune.add_mutually_exclusive_group()
+    budget.add_argument("--max-kl", type=float, help=f"nats at the answer positions, on prompts held out (default: {_MAX_KL})")
+    budget.add_argument("--max-nodes", type=count_or_share, help="instead: leaf nodes at most, a share (0.1) or a count (200)")
+    prune.add_argument("--agreement", type=float, help="share of prompts answered as by the full model (default: 0.98 up to 0.05 nats)")
+    prune.add_argument("--out", required=True, help="folder for circuit.safetensors and report.json")
+    prune.add_argument("--ablation", default="interchange", help="interchange, mean, zero or optimal (default: %(default)s)")
+    prune.add_argument("--granularities", nargs="+", metavar="G", help=f"some of {', '.join(GRANULARITIES)} (default: all)")
+    prune.add_argument("--layers", nargs="+", type=int, metavar="L", help="which to search in (default: all)")
+    prune.add_argument("--steps", type=int, help="of the search (default: more for more nodes)")
+    prune.add_argument("--batch-size", type=int, default=64, help="prompts per forward (default: %(default)s)")
+    prune.add_argument("--time-limit", type=float, metavar="SECONDS", help="for the search; the best so far is kept then")
+    prune.add_argument("--checkpoint", metavar="FOLDER", help="keep the state here; a search that was broken off goes on")
+    prune.add_argument("--html", help="also write a page about the circuit, on the prompts held out")
+    _add_model_and_task(prune, seed=0, prompts=200, seed_of="the named tasks' prompts, the split and the search")
+    prune.set_defaults(command=_prune)
+    return parser
+
+
+def _add_model_and_task(parser: argparse.ArgumentParser, *, seed: int, prompts: int, seed_of: str) -> None:
+    parser.add_argument("--model", required=True, help="a Hugging Face name or folder, or 'toy' for the embedded model")
+    parser.add_argument("--task", required=True, help=f"{', '.join(tasks.ROWS)}, or a .jsonl file (clean, corrupted, answer, wrong)")
+    parser.add_argument("--prompts", type=int, default=prompts, help="how many, for the named tasks (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=seed, help=f"of {seed_of} (default: %(default)s)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=tuple(_DTYPES), help="of the model's weights (default: %(default)s)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model from the Hugging Face hub")
+
+
+def count_or_share(text: str) -> float | int:
+    """A count (200) or a share (0.1). argparse shows the name of this function where it fails."""
+    return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    _check_page(args.html)
+    _make_folder("--html", args.html.parent)
+    model, prompts = toy.load(args.task)
+    print(f"The embedded model: {model.cfg.n_layers} layers, {model.cfg.n_heads} heads, d_model {model.cfg.d_model}. Task: {args.task}.")
+    print(f"  clean:     {model.tokenizer.decode(prompts.clean[0][prompts.attention_mask[0]])}")  # type: ignore[index]
+    print(f"  corrupted: {model.tokenizer.decode(prompts.corrupted[0][prompts.attention_mask[0]])}")  # type: ignore[index]
+    train, test = prompts.split(0.75, seed=0)
+    result, why = _find(model, train, test, max_kl=_MAX_KL)
+    report = evaluate(model, result.circuit, test)
+    _write_page(args.html, model, result, test, args.task)
+    show(result, report, why, f"within {_MAX_KL} nats there")
+    _say_page(args.html)
+
+
+def _show_page(args: argparse.Namespace) -> None:
+    _check_page(args.html)
+    _check_task(args.task)
+    files.check_apart({"--html": args.html}, _inputs(args) | {"the circuit": args.circuit})
+    circuit = Circuit.load(args.circuit)
+    model = load_model(args.model, args.device, args.dtype, trust_remote_code=args.trust_remote_code)
+    circuit.check_fits(model)
+    prompts = _prompts(args, model)
+    _make_folder("--html", args.html.parent)
+    _write_page(args.html, model, circuit, prompts, Path(args.task).stem, effects=not args.no_effects,
+                note="Prompts that the circuit was searched on flatter it. The page that `tl-nodeprune prune --html` writes is on others.")
+    _say_page(args.html)
+
+
+def _check_page(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"--html {str(path)!r} is a folder; give the name of a file.")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"--html {str(path)!r} cannot be written: {str(above)!r} is a file.")
+    if path.parent.is_dir():
+        files.check_target(path)
+
+
+def _inputs(args: argparse.Namespace) -> dict[str, Path]:
+    """The files that are read, by what they are called. A page, circuit or report in the model's folder is none of the model's."""
+    own = [path for path in Path(args.model).glob("*") if path.name not in (_CIRCUIT, _REPORT) and path.suffix != ".html"]
+    task = {} if args.task in tasks.ROWS else {"--task": Path(args.task)}
+    return task | {f"the model's {path.name}": path for path in own}
+
+
+def _write_page(path: Path, model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, task: str, *, effects: bool = True,
+                note: str = "") -> None:
+    gated = (circuit.circuit if isinstance(circuit, PruneResult) else circuit).space.granularities
+    some = prompts[:_PATCHED]
+    found = activation_patching(model, some) if effects and some.has_corrupted and any(name in gated for name in COARSE) else None
+    summary, *figures = overview(model, circuit, prompts, task=task, effects=found)
+    save_html(path, summary, *[note] * bool(note), *figures, title=f"Circuit: {task}")
+
+
+def _say_page(path: Path) -> None:
+    print(f"A page to look at, figures and kept nodes: {path.absolute()}")
+
+
+def _prune(args: argparse.Namespace) -> None:
+    max_kl = _MAX_KL if args.max_kl is None and args.max_nodes is None else args.max_kl
+    _check_asked(args, max_kl)
+    model = load_model(args.model, args.device, args.dtype, trust_remote_code=args.trust_remote_code)
+    train, test = _prompts(args, model).split(0.75, seed=args.seed)
+    _make_outputs(args)
+    asked = {"max_kl": max_kl, "max_nodes": args.max_nodes, "agreement": args.agreement, "steps": args.steps, "seed": args.seed,
+             "time_limit": args.time_limit}
+    result, why = _find(model, train, test, granularities=args.granularities, layers=args.layers, ablation=args.ablation,
+                        batch_size=args.batch_size, checkpoint=args.checkpoint, **asked)
+    result.circuit.save(args.out / _CIRCUIT)  # before anything else that could fail
+    (args.out / _REPORT).unlink(missing_ok=True)  # an earlier circuit's
+    report = evaluate(model, result.circuit, test, batch_size=args.batch_size)
+    settings = asked | {"model": args.model, "task": args.task, "dtype": args.dtype, "prompts": len(train), "held_out": len(test)}
+    files.write(args.out / _REPORT, json.dumps(as_json(settings, result, report), indent=2, allow_nan=False) + "\n")
+    met = f"within {max_kl} nats there" if max_kl is not None else f"of at most {args.max_nodes} nodes; no KL was asked for"
+    try:
+        if args.html:
+            _write_page(args.html, model, result, test, Path(args.task).stem)
+    finally:
+        show(result, report, why, met)
+        print(f"Written: {args.out / _CIRCUIT}, {args.out / _REPORT}")
+    if args.html:
+        _say_page(args.html)
+
+
+def _check_asked(args: argparse.Namespace, max_kl: float | None) -> None:
+    """All that can be wrong without a look at the model or the prompts."""
+    if max_kl is not None and not 0 < max_kl < math.inf:
+        raise ValueError(f"--max-kl {max_kl}; it must be a finite number above 0.")
+    if args.time_limit is not None and not 0 < args.time_limit < math.inf:
+        raise ValueError(f"--time-limit {args.time_limit}; it must be a finite number of seconds above 0.")
+    _check_task(args.task)
+    as_ablation(args.ablation)
+    check_agreement(args.agreement)
+    if args.agreement is not None and max_kl is None:
+        raise ValueError("--agreement goes with --max-kl, not with --max-nodes.")
+    check_granularities(args.granularities, GRANULARITIES)
+    check_counts(steps=1 if args.steps is None else args.steps, batch_size=args.batch_size)
+    if args.html:
+        _check_page(args.html)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {str(args.out)!r} is a file; give a folder, which need not exist yet.")
+    files.check_apart(_outputs(args) | {"--out": args.out}, _inputs(args))
+    if args.checkpoint:
+        files.check_apart(_outputs(args), {"the folder of --checkpoint": args.checkpoint})
+
+
+def _outputs(args: argparse.Namespace) -> dict[str, Path]:
+    """The files that `prune` writes, by what they are called."""
+    outputs = {"the circuit": args.out / _CIRCUIT, "the report": args.out / _REPORT}
+    if args.html:
+        outputs = {"--html": args.html} | outputs
+    return outputs | ({"the checkpoint": args.checkpoint / CHECKPOINT} if args.checkpoint else {})
+
+
+def _make_outputs(args: argparse.Namespace) -> None:
+    """Make the folders, and see that all files can be written: an error comes now, not after the search."""
+    for name in ("checkpoint", "html", "out"):
+        if path := getattr(args, name):
+            _make_folder(f"--{name}", path.parent if name == "html" else path)
+    for path in _outputs(args).values():
+        files.check_target(path)
+
+
+def _make_folder(name: str, path: Path) -> None:
+    try:
+        files.make_folder(path)
+    except OSError as error:
+        raise ValueError(f"{name} {str(path)!r} cannot be written: {error}") from error
+
+
+def _check_task(task: str) -> None:
+    if task not in tasks.ROWS and not Path(task).is_file():
+        raise ValueError(f"--task {task!r} is no task ({', '.join(tasks.ROWS)}) and no file.")
+
+
+def _prompts(args: argparse.Namespace, model: Any) -> PromptPairs:
+    named = args.task in tasks.ROWS
+    prompts = tasks.make(args.task, model, args.prompts, args.seed) if named else PromptPairs.from_jsonl(model, args.task)
+    right = prompts.correct(model)
+    print(f"The model answers {len(right)} of {len(prompts)} prompts right; the circuit is for those.")
+    return right
+
+
+def load_model(name: str, device: str, dtype: str = "float32", *, trust_remote_code: bool = False) -> Any:
+    """A model by its Hugging Face name or folder, or the embedded one for "toy". Raises ValueError for a device that cannot be used, and a
+    model that cannot be loaded."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"--device {device!r} cannot be used here, 'cpu' can: {error}") from error
+    if name == "toy":
+        return toy.load(n=1)[0].to(device).to(_DTYPES[dtype])
+    from transformer_lens.model_bridge import TransformerBridge
+
+    transformers.logging.set_verbosity_warning()  # weights that the files lack are new ones at random: it reports them
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            model = TransformerBridge.boot_transformers(name, device=device, dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever is wrong with the files of others, or with the code that comes with them
+        raise ValueError(f"--model {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    _pass_on(caught)
+    return model.eval()
+
+
+def _pass_on(caught: Iterable[warnings.WarningMessage]) -> None:
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _find(model: Any, train: PromptPairs, test: PromptPairs, *, granularities: Sequence[str] | None = None,
+          layers: Sequence[int] | None = None, ablation: str = "interchange", **search: Any) -> tuple[PruneResult, str]:
+    """A search that is judged on `test`, and why it does not converge."""
+    masks = add_node_masks(model, granularities, layers, ablation)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            result = masks.prune(train, held_out=test, **search)
+    finally:
+        masks.remove()
+    why = [str(warning.message) for warning in caught if str(warning.message).startswith(VERDICTS)]
+    _pass_on(warning for warning in caught if str(warning.message) not in why)
+    return result, " ".join(why)

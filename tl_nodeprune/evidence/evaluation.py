@@ -1,0 +1,106 @@
+"""How faithful a circuit is: its metrics beside the full model's and the fully ablated model's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from tl_nodeprune.circuit.circuit import Circuit, circuit_logits, full_logits
+from tl_nodeprune.masks.losses import kl_divergence
+from tl_nodeprune.masks.node_masks import masks_off
+from tl_nodeprune.nodes.checks import check_counts, check_finite, check_types
+from tl_nodeprune.nodes.probe import check_ready, rounding
+from tl_nodeprune.prompts.pairs import PromptPairs
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Means over prompts. kl: KL(full || this), nats. accuracy: share with answer logit > wrong logit. logit_diff: answer logit -
+    wrong logit. exact_match: share with the full model's most likely token."""
+
+    kl: float
+    accuracy: float
+    logit_diff: float
+    exact_match: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A circuit's metrics beside those of the full model and of the model with every node of the circuit's space ablated.
+
+    faithfulness: (m(circuit) - m(ablated)) / (m(full) - m(ablated)) for the mean logit difference m; 1 = as the full model,
+    NaN where ablation changes nothing. ablation, n_prompts: what the numbers hold for.
+    """
+
+    circuit: Metrics
+    full: Metrics
+    ablated: Metrics
+    faithfulness: float
+    ablation: str
+    n_prompts: int
+
+    @property
+    def kl(self) -> float:
+        return self.circuit.kl
+
+    @property
+    def accuracy(self) -> float:
+        return self.circuit.accuracy
+
+    @property
+    def logit_diff(self) -> float:
+        return self.circuit.logit_diff
+
+    @property
+    def exact_match(self) -> float:
+        return self.circuit.exact_match
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for the circuit, the full and the ablated model each, a column per metric; faithfulness last."""
+        table = pd.DataFrame({name: asdict(getattr(self, name)) for name in ("circuit", "full", "ablated")}).T
+        table["faithfulness"] = [self.faithfulness, 1.0, 0.0]
+        return table
+
+    def __repr__(self) -> str:
+        head = f"{self.n_prompts} prompts, {self.ablation} ablation"
+        return f"{head}\n{self.to_frame().round(4).to_string()}"
+
+
+def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: int = 64) -> Evaluation:
+    """Run the circuit, the full model and the fully ablated model on prompts, under the ablation the circuit was found under.
+
+    Masks that are attached are left out for the while. Raises: ValueError where the circuit or the prompts do not fit the model, or
+    corrupted prompts are missing under interchange ablation; TypeError for what is no Circuit or PromptPairs; RuntimeError where a
+    circuit is applied already, another thread is at work on the model, or it is in training mode with dropout or gradient checkpointing;
+    FloatingPointError for NaN or inf.
+    """
+    check_types(evaluate, locals())
+    check_counts(batch_size=batch_size)
+    with masks_off(model):
+        check_ready(model)
+        circuit.check_fits(model)
+        prompts.check_fits(model)
+        prompts.check_corrupted(circuit.ablation.name)
+        full = torch.cat([full_logits(model, batch) for batch in prompts.batches(batch_size)])
+        runs = {"circuit": circuit_logits(model, circuit, prompts, batch_size=batch_size), "full": full,
+                "ablated": circuit_logits(model, Circuit.empty(circuit.space, circuit.ablation), prompts, batch_size=batch_size)}
+    metrics = {name: _metrics(logits, full, prompts) for name, logits in runs.items()}
+    span = metrics["full"].logit_diff - metrics["ablated"].logit_diff
+    gained = metrics["circuit"].logit_diff - metrics["ablated"].logit_diff
+    told_apart = abs(span) > rounding(model, prompts.logit_diff(full))
+    return Evaluation(**metrics, faithfulness=gained / span if told_apart else float("nan"), ablation=circuit.ablation.name,
+                      n_prompts=len(prompts))
+
+
+def _metrics(logits: Tensor, full: Tensor, prompts: PromptPairs) -> Metrics:
+    with torch.no_grad():
+        diff, kl = prompts.logit_diff(logits), kl_divergence(logits, full)
+    check_finite(kl, "the KL of the circuit")
+    return Metrics(
+        kl=float(kl.mean()), accuracy=float((diff > 0).float().mean()),
+        logit_diff=float(diff.mean()), exact_match=float((logits.argmax(-1) == full.argmax(-1)).float().mean()),
+    )

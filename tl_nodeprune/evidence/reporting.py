@@ -1,0 +1,146 @@
+"""What a report on a circuit holds, and its forms: text, frame, Markdown."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import pandas as pd
+
+from tl_nodeprune.circuit.circuit import Circuit
+from tl_nodeprune.evidence.evaluation import Evaluation
+from tl_nodeprune.evidence.hypotheses import HypothesisTest
+from tl_nodeprune.evidence.redundancy import Redundancy
+from tl_nodeprune.evidence.trial import Completeness, RandomDraws
+from tl_nodeprune.evidence.verdicts import MARKS, Verdict, verdicts_of
+from tl_nodeprune.nodes.checks import check_types
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a report holds for. size: live leaf nodes of size_total. held_out: whether the prompts judged on were given as held out from the
+    search. units: "block" or "node"; units_tried of units_kept were taken out one at a time."""
+
+    model: str
+    ablation: str
+    granularities: tuple[str, ...]
+    layers: tuple[int, ...]
+    size: int
+    size_total: int
+    n_prompts: int
+    held_out: bool
+    units: str
+    units_tried: int
+    units_kept: int
+    n_random: int
+    n_subsets: int
+    alpha: float
+    seed: int
+
+    def __str__(self) -> str:
+        seen = "held out from the search" if self.held_out else "none given as held out"
+        return (f"a circuit of {self.size:,} of {self.size_total:,} leaf nodes ({', '.join(self.granularities)}; layers "
+                f"{', '.join(map(str, self.layers))}) in {self.model or 'an unnamed model'}; {self.ablation} ablation, nodes cut at all "
+                f"positions, outputs read at the answer positions; {self.n_prompts} prompts, {seen}; {self.units_tried} of "
+                f"{self.units_kept} kept units ({self.units}) tried, {self.n_random} random draws, {self.n_subsets} subsets, "
+                f"alpha {self.alpha:g}, seed {self.seed}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What a circuit is worth; made by `tl_nodeprune.report`. Printed, it says so in words, a line per verdict.
+
+    circuit: the one judged. settings: what all of it holds for. evaluation: on the prompts judged on; searched: on those of the search,
+    where others were held out. intervals: 95 %, for the means of the evaluation, by name; NaN for fewer than 10 prompts. task_p: see
+    `Preference.p_value`, NaN where there are no corrupted prompts. ablations: the circuit judged under each ablation. effects: a row per
+    unit tried, with what its removal does (see `trial.UnitEffects`) and its p-value of `hypotheses.minimality`. redundancies: units that
+    can do each other's work; stand_ins_sought, pairs_among: for, and among, how many units they were looked for. notes: what else to know.
+    """
+
+    circuit: Circuit = field(repr=False)
+    settings: Settings
+    evaluation: Evaluation
+    searched: Evaluation | None
+    intervals: Mapping[str, tuple[float, float]] = field(repr=False)
+    task_p: float
+    completeness: Completeness
+    null: RandomDraws
+    equivalence: HypothesisTest
+    independence: HypothesisTest
+    minimality: HypothesisTest
+    ablations: pd.DataFrame
+    effects: pd.DataFrame
+    redundancies: tuple[Redundancy, ...]
+    stand_ins_sought: int
+    pairs_among: int
+    notes: tuple[str, ...]
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """What was found, in words, and whether it speaks for the circuit."""
+        return verdicts_of(self)
+
+    def verdict(self, name: str) -> Verdict:
+        """The verdict of a name. Raises KeyError where there is none."""
+        check_types(Report.verdict, locals())
+        found = {verdict.name: verdict for verdict in self.verdicts}
+        if name not in found:
+            raise KeyError(f"there is no verdict {name!r}; there are {', '.join(found)}.")
+        return found[name]
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per measure: its value, the low and high end of its 95 % interval, p_value, and what the verdict of its name says."""
+        rows: dict[str, dict[str, float]] = {
+            name: {"value": getattr(self.evaluation, name), "low": low, "high": high} for name, (low, high) in self.intervals.items()}
+        rows |= {"task": {"p_value": self.task_p}, "completeness": {"value": self.completeness.left},
+                 "incompleteness": {"value": self.completeness.gap_share},
+                 "random circuits": {"value": self.null.median, "p_value": self.null.p_value}}
+        rows |= {test.name: {"value": test.statistic, "p_value": test.p_value}
+                 for test in (self.equivalence, self.independence, self.minimality)}
+        rows["redundancy"] = {"value": float(len(self.redundancies))}
+        passed = {verdict.name: verdict.passed for verdict in self.verdicts}
+        table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=["value", "low", "high", "p_value"]).astype(float)
+        return table.assign(passed=pd.Series(passed, dtype=object).reindex(table.index)).rename_axis("measure")
+
+    def to_markdown(self) -> str:
+        """The whole report: settings, verdicts, tables."""
+        verdicts = pd.DataFrame({"for it": [MARKS[one.passed] for one in self.verdicts], "found": [one.sentence for one in self.verdicts]},
+                                index=pd.Index([one.name for one in self.verdicts], name="verdict"))
+        parts = ["# Evidence for a circuit", f"Holds for {replace(self.settings, model=_escaped(self.settings.model))}", _table(verdicts),
+                 *(f"- {_escaped(note)}" for note in self.notes),
+                 "## Measures", _table(self.to_frame().drop(columns="passed")), "## On the prompts judged on",
+                 _table(self.evaluation.to_frame())]
+        if self.searched is not None:
+            parts += ["## On the prompts of the search", _table(self.searched.to_frame())]
+        parts += ["## Under each ablation", _table(self.ablations), "## What removing a unit does", _table(self.effects)]
+        return "\n\n".join(parts) + "\n"
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
+
+    def __str__(self) -> str:
+        return "\n".join([f"Holds for {self.settings}", *map(str, self.verdicts), *(f"Note: {note}" for note in self.notes)])
+
+    __repr__ = __str__
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is, on one line: a model's name may hold anything."""
+    return re.sub(r"([\\`*\[\]|~$]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def _table(frame: pd.DataFrame) -> str:
+    """A frame as a Markdown table; pandas' own needs one more package."""
+    rows = [[str(frame.index.name or ""), *map(str, frame.columns)]]
+    rows += [[str(label), *map(_cell, row)] for label, row in zip(frame.index, frame.itertuples(index=False), strict=True)]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.4g}"
+    return str(value)

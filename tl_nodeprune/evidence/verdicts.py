@@ -1,0 +1,127 @@
+"""A report's verdicts: each finding in words, and whether it speaks for the circuit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from tl_nodeprune.evidence.redundancy import MATTERS
+from tl_nodeprune.prompts.preference import FEWEST, SIGNIFICANT
+
+if TYPE_CHECKING:
+    from tl_nodeprune.evidence.reporting import Report
+
+LEFT = 0.2
+"""Of the task's effect on the logit difference: more must not be left without the circuit, nor lie between model and circuit on average."""
+MARKS = {True: "yes", False: "no", None: "-"}
+NAMED = 5  # redundancies that a sentence names
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """name, a sentence that says what was found, and whether that speaks for the circuit: None where nothing was or could be decided."""
+
+    name: str
+    passed: bool | None
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"[{MARKS[self.passed]:^3}] {self.name}: {self.sentence}"
+
+
+def verdicts_of(report: Report) -> tuple[Verdict, ...]:
+    """All verdicts, the task first. Where the full model does not do it, or on too few prompts, none of the others speaks for a circuit or
+    against it."""
+    tests = [Verdict(test.name, test.passed, test.sentence) for test in (report.equivalence, report.independence, report.minimality)]
+    task, others = _task(report), [_faithfulness(report), _completeness(report), _random_circuits(report), *tests, _redundancy(report),
+                                   _ablations(report)]
+    few = f"fewer than {FEWEST} prompts, so no claim" if report.settings.n_prompts < FEWEST else ""
+    if why := "no task here, so no claim" if task.passed is False else few:
+        others = [replace(one, passed=None, sentence=f"({why}) {one.sentence}") for one in others]
+    return (task, *others)
+
+
+def _task(report: Report) -> Verdict:
+    n, p = report.settings.n_prompts, report.task_p
+    if math.isnan(p):
+        return Verdict("task", None, "Not tested: corrupted prompts are the same as the clean ones. The full model prefers the answer to "
+                       f"the wrong one on {report.evaluation.full.accuracy:.0%} of {n} prompts.")
+    if n < FEWEST:
+        return Verdict("task", None, f"Not tested: whether the full model does the task needs {FEWEST} prompts or more; got {n}.")
+    tail = f"the answer more on clean than on corrupted prompts (signed-rank test on {n} pairs, p = {p:.2g})"
+    if p <= SIGNIFICANT:
+        return Verdict("task", True, f"The full model prefers {tail}.")
+    return Verdict("task", False, f"The full model was not found to prefer {tail}. Are answers and prompts in the same order? No circuit "
+                   "of a task can be claimed; what follows is about the model's output alone.")
+
+
+def _faithfulness(report: Report) -> Verdict:
+    found = report.evaluation
+
+    def within(name: str, form: str = ".3g") -> str:
+        low, high = report.intervals[name]
+        return "" if math.isnan(low) else f" ({low:{form}} to {high:{form}})"
+
+    scale = " (95 % intervals over prompts)" if within("kl") else " (no intervals: they need 10 prompts or more)"
+    return Verdict("faithfulness", None, (
+        f"KL to the full model {found.kl:.3g}{within('kl')} nats, with every node ablated {found.ablated.kl:.3g}; logit difference "
+        f"{found.logit_diff:.3g}{within('logit_diff')} of {found.full.logit_diff:.3g}, a faithfulness of {found.faithfulness:.3g}"
+        f"{within('faithfulness')}; accuracy {found.accuracy:.0%}{within('accuracy', '.0%')}, the full model's "
+        f"{found.full.accuracy:.0%}{scale}."))
+
+
+def _completeness(report: Report) -> Verdict:
+    found = report.completeness
+    known = not (math.isnan(found.left) or math.isnan(found.gap_share))
+    parts = "no part of it could be" if not len(found.gaps) else (
+        f"with random parts of it knocked out of both, model and circuit differ by {float(found.gaps.mean()):.3g} logits on average, "
+        f"{_percent(found.gap_share)} of the task's effect, and by {float(found.gaps.max()):.3g} at most")
+    return Verdict("completeness", found.left <= LEFT and found.gap_share <= LEFT if known else None, (
+        f"With the circuit knocked out, {_percent(found.left)} of the task's effect is left (accuracy {found.complement.accuracy:.0%}); "
+        f"{parts}. At most {LEFT:.0%} passes, for both."))
+
+
+def _percent(share: float) -> str:
+    return "an unknown share" if math.isnan(share) else f"{round(100 * share)}%"  # an int: no -0%
+
+
+def _random_circuits(report: Report) -> Verdict:
+    null, alpha, name = report.null, report.settings.alpha, "random circuits"
+    where = "in all layers together" if null.over_layers else "in each layer"
+    if null.possible < 2:
+        return Verdict(name, None, f"Not tested: no other circuit has as many nodes of each kind {where}.")
+    draws, low = len(null.kl), null.p_value <= alpha
+    tail = (f"of {draws} random circuits with as many nodes of each kind {where} (KL {null.median:.3g} nats in the median, "
+            f"{float(null.kl.min()):.3g} at the lowest; p = {null.p_value:.2g}, the chance of being as low by lot)")
+    floor = max(1 / null.possible, 1 / (draws + 1))
+    if floor > alpha:
+        few = f"{null.possible:.0f} such circuits exist" if 1 / null.possible == floor else f"{draws} were drawn"
+        return Verdict(name, None, f"Cannot be told: only {few}, so p cannot be below {floor:.2g}; {tail}.")
+    return Verdict(name, low, f"Its KL is {'lower than that of nearly all' if low else 'not clearly lower than those'} {tail}.")
+
+
+def _redundancy(report: Report) -> Verdict:
+    found = report.redundancies
+    if found:
+        more = f"; and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        listed = "; ".join(map(str, found[:NAMED])) + more
+        return Verdict("redundancy", False, f"{listed[0].upper()}{listed[1:]}. So the circuit is one of several that do the same.")
+    if not report.stand_ins_sought and report.pairs_among < 2:
+        return Verdict("redundancy", None, "Not looked for: no unit tried has an effect of its own, and there is no pair of them.")
+    if not report.stand_ins_sought:
+        return Verdict("redundancy", None, (
+            f"Cannot be told: no unit tried costs {MATTERS:.0%} of the ablated model's KL when it alone is removed, and "
+            f"among the {report.pairs_among} kept units of smallest effect none were found of which any one suffices."))
+    pairs = "" if report.pairs_among < 2 else (
+        f" No two or more of the {report.pairs_among} kept units of smallest effect do each other's work.")
+    return Verdict("redundancy", True, (
+        f"For none of the {report.stand_ins_sought} units that cost {MATTERS:.0%} or more of the ablated model's KL when removed was a "
+        f"stand-in of the same kind found outside of the circuit.{pairs} Stand-ins of another kind, or of more than a few units, were not "
+        "looked for."))
+
+
+def _ablations(report: Report) -> Verdict:
+    table = report.ablations
+    each = "; ".join(f"{name}: faithfulness {row['faithfulness']:.3g}, KL {row['kl']:.3g} nats" for name, row in table.iterrows())
+    return Verdict("ablations", None, f"Found under {report.settings.ablation}, judged under {each}.")

@@ -1,0 +1,267 @@
+"""Trainable node masks on a model: attach, train, read, remove."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tl_nodeprune.circuit.circuit import Circuit
+from tl_nodeprune.masks.ablation import Ablation, as_ablation
+from tl_nodeprune.masks.gates import Gate, HardConcrete
+from tl_nodeprune.nodes.attachment import Attachment, find_attachment, inactive, ledger_of
+from tl_nodeprune.nodes.checks import check_types
+from tl_nodeprune.nodes.hooks import mask_hooks
+from tl_nodeprune.nodes.probe import check_ready, device_of, find_nodes
+from tl_nodeprune.nodes.scope import Scope, Scoped
+from tl_nodeprune.nodes.space import GateKey, NodeSpace, combine, spread
+from tl_nodeprune.prompts.pairs import PromptPairs
+
+if TYPE_CHECKING:
+    from tl_nodeprune.search import PruneResult
+
+
+class NodeMasks(nn.Module):
+    """One learnable gate per node, kept outside the model; `parameters()` are the gates' scores and nothing else.
+
+    Made by `add_node_masks`. While attached every forward of the model uses the masks: their deterministic values, or a draw
+    inside `sampling`. `scores[f"{granularity}_{layer}"]` has the gate tensor's shape; `gate` turns scores into masks.
+    """
+
+    def __init__(self, space: NodeSpace, *, ablation: str | Ablation = "interchange", gate: Gate | None = None,
+                 device: torch.device | str | None = None) -> None:
+        check_types(NodeMasks.__init__, locals())
+        super().__init__()
+        self.space, self.gate = space, gate or HardConcrete()
+        self.ablation = self.asked_ablation = as_ablation(ablation)  # the second stays as asked for, not fitted to any prompts here
+        self._hooks = frozenset(space.hooks)
+        self.scores = nn.ParameterDict({
+            _name(key): nn.Parameter(torch.full(shape, self.gate.open_score, device=device, dtype=torch.float32))
+            for key, shape in space.shapes.items()
+        })
+        self._sampling = Scoped[tuple[torch.Generator | None] | None](None)
+        self._stand_ins = Scoped[tuple[dict[str, Tensor], Tensor | None] | None](None)  # and the prompts that they are of, if of any
+        self._attached: tuple[Any, Attachment] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, is of the gates alone and not attached; the model is not copied with them."""
+        return self.__dict__ | {"_attached": None}
+
+    prune: Callable[..., PruneResult]
+    """`tl_nodeprune.prune` as a method; `search.prune` sets it, so that its signature and docstring show in a notebook."""
+
+    def score(self, key: GateKey) -> nn.Parameter:
+        """The scores of one gate tensor. Raises: KeyError where it is not gated."""
+        if not isinstance(key, tuple):
+            check_types(NodeMasks.score, locals())
+        if key not in self.space.shapes:
+            raise KeyError(f"key={key!r} is not gated by these masks; keys are such as {next(iter(self.space.shapes))!r}.")
+        return cast(nn.Parameter, self.scores[_name(key)])
+
+    def gate_values(self, key: GateKey) -> Tensor:
+        """One gate tensor's masks now: deterministic, or a fresh draw inside `sampling`. Raises: KeyError where it is not gated."""
+        score = self.score(key)
+        sampling = self._sampling.now
+        return self.gate.value(score) if sampling is None else self.gate.sample(score, sampling[0])
+
+    def mask(self, hook: str) -> Tensor:
+        """A hook point's mask now: the product of its granularities' gates, at the hook's own shape, differentiable.
+
+        Raises: KeyError for a hook point that is not gated.
+        """
+        if not isinstance(hook, str) or hook not in self._hooks:
+            raise KeyError(f"hook={hook!r} is not gated by these masks; gated are {', '.join(self.space.hooks)}.")
+        return combine(self.space, hook, {key: self.gate_values(key) for key in self.space.at(hook)})
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """The hook-keyed dictionary of masks now, detached."""
+        with torch.no_grad():
+            return {hook: self.mask(hook).clone() for hook in self.space.hooks}
+
+    def expected_size(self) -> Tensor:
+        """Expected number of live leaf nodes: sum over them of P(open) times P(open) of every gate above. Scalar, differentiable."""
+        probability = {key: self.gate.probability(self.score(key)) for key in self.space.shapes}
+        total = torch.zeros((), device=self.score(next(iter(probability))).device, dtype=torch.float32)
+        for key in self.space.free():
+            live = probability[key]
+            for parent in self.space.ancestors(key):
+                live = live * spread(probability[parent], live.ndim)
+            total = total + live.sum()
+        return total
+
+    def to_circuit(self) -> Circuit:
+        """The thresholded, consistent circuit of the scores now. Raises: FloatingPointError for a score that is NaN."""
+        for key in self.space.shapes:
+            if self.score(key).isnan().any():
+                raise FloatingPointError(f"NaN in the scores of {_name(key)}: whether these nodes are kept cannot be told.")
+        return Circuit(self.space, {key: self.gate.kept(self.score(key)) for key in self.space.shapes}, self.ablation)
+
+    def set_to(self, circuit: Circuit) -> None:
+        """Set the gates to a circuit: live ones fully open, all others fully closed.
+
+        Raises: ValueError where the circuit lacks one of these gates or has it in another shape; nothing is set then.
+        """
+        check_types(NodeMasks.set_to, locals())
+        have = circuit.space.shapes
+        for key, shape in self.space.shapes.items():
+            if have.get(key) != shape:
+                raise ValueError(f"these masks gate {key.hook} with {key.granularity} nodes {list(shape)}, the circuit has "
+                                 f"{list(have[key]) if key in have else 'none there'}.")
+        with torch.no_grad():
+            for key in self.space.shapes:
+                score, live = self.score(key), circuit.live(*key).to(self.score(key).device)
+                score.copy_(torch.where(live, self.gate.open_score, self.gate.closed_score))
+
+    def sampling(self, generator: torch.Generator | None = None) -> Scope:
+        """Inside, each forward draws its masks at random, one draw shared by batch and positions."""
+        check_types(NodeMasks.sampling, locals())
+        return self._sampling.at((generator,))
+
+    def paired(self, prompts: PromptPairs) -> Scope:
+        """Inside, forwards on `prompts.clean` take their stand-ins from these prompts (for "interchange": one run on the
+        corrupted ones, here, without gradient). "mean" and "optimal" are fitted on the first prompts given and stay so.
+
+        Raises: ValueError where the prompts do not fit the model; inside, for "interchange", for a forward on other prompts.
+        """
+        check_types(NodeMasks.paired, locals())
+        prompts.check_fits(self.model)
+        with self.inactive():
+            self.ablation = self.ablation.fit(self.model, prompts, self.space.hooks)
+            values = self.ablation.values(self.model, prompts, self.space.hooks)
+        return self._stand_ins.at((values, prompts.clean if self.ablation.name == "interchange" else None))
+
+    def standing_in(self, values: dict[str, Tensor]) -> Scope:
+        """Inside, closed nodes take these values, by hook name: [batch pos ...] as the forward, or without batch, or without both.
+
+        Raises: ValueError for a hook point that these masks do not gate.
+        """
+        check_types(NodeMasks.standing_in, locals())
+        for hook, value in values.items():
+            if hook not in self._hooks or not isinstance(value, Tensor):
+                raise ValueError(f"values[{hook!r}] is {type(value).__name__}; give tensors, for some of {', '.join(self.space.hooks)}.")
+        return self._stand_ins.at((values, None))
+
+    def inactive(self) -> Scope | nullcontext[None]:
+        """Inside, the model runs as if no masks were attached."""
+        return inactive(self._attached[0]) if self._attached else nullcontext()
+
+    @property
+    def attached(self) -> bool:
+        return self._attached is not None and self._attached[1].live and self._attached[1].hooked
+
+    @property
+    def model(self) -> Any:
+        """The model that the masks are attached to. Raises RuntimeError when they are not."""
+        if not self.attached or self._attached is None:
+            raise RuntimeError("these masks are not attached to a model; call model.add_node_masks() and use what it returns.")
+        return self._attached[0]
+
+    def attach(self, model: Any) -> NodeMasks:
+        """Hang the masks on a model and freeze its weights, until `remove`. Raises RuntimeError where masks are attached already."""
+        check_types(NodeMasks.attach, locals())
+        attachment = self._attachment(model)
+        attachment.put_on()
+        return attachment.keep(self)
+
+    def on(self, model: Any) -> Scope:
+        """The same for the length of a `with` block."""
+        check_types(NodeMasks.on, locals())
+        return self._attachment(model).on()
+
+    def _attachment(self, model: Any) -> Attachment:
+        _check_free(model)
+        attachment = Attachment(model, lambda: mask_hooks(self.space.hooks, self._mask_in_forward, self._stand_in), owner=self,
+                                tokens=lambda: stand_ins[1] if (stand_ins := self._stand_ins.now) else None, freeze=True)
+        self._attached = (model, attachment)
+        return attachment
+
+    def remove(self) -> None:
+        """Take the masks off; weights get their requires_grad back. Does nothing the second time."""
+        if self._attached is not None:
+            self._attached[1].remove()
+            self._attached = None
+
+    def _mask_in_forward(self, hook: str) -> Tensor:
+        mask = self.mask(hook)
+        if self._stand_ins.now is None and bool((mask == 1).all()):
+            return mask.detach()  # nothing to mix in: an open gate then lets the activation through untouched
+        return mask
+
+    def _stand_in(self, hook: str) -> Tensor:
+        if (stand_ins := self._stand_ins.now) is not None:
+            if hook not in stand_ins[0]:
+                raise ValueError(f"{hook} has closed gates, and the values given to `standing_in` have none for it.")
+            return stand_ins[0][hook]
+        if self.ablation.name == "zero":
+            return torch.zeros((), device=self.score(self.space.at(hook)[0]).device)
+        if self.ablation.name == "optimal" and self.ablation.fitted:
+            return self.ablation.constants[hook]
+        raise RuntimeError(
+            f"{hook} has closed gates and nothing stands in for them: {self.ablation.name!r} ablation needs the prompts. "
+            "Run inside `with masks.paired(prompts):`, or use ablation=\"zero\"."
+        )
+
+
+def add_node_masks(model: Any, granularities: str | Iterable[str] | None = None, layers: int | Iterable[int] | None = None,
+                   ablation: str | Ablation = "interchange", *, gate: Gate | None = None) -> NodeMasks:
+    """Hang a gate on every node of a HookedTransformer or TransformerBridge, all open: the model's outputs stay bit-identical.
+
+    granularities: some of "layer", "attn", "mlp", "head", "attn_neuron", "mlp_neuron", "mlp_out"; None: all that the model has.
+    layers: which; negative ones count from the end; None: all.
+    ablation: "interchange", "mean", "zero" or "optimal", see `Ablation`.
+    gate: how scores become masks; None: HardConcrete.
+
+    Returns the masks; `remove_node_masks(model)` takes them off. Weights are frozen in between.
+    Raises: ValueError for a granularity or layer that is unknown or that the model lacks, and for a model without one stack of blocks that
+    add to the residual stream, or whose forward fails on three tokens; RuntimeError where masks or a circuit are attached already, another
+    thread is at work on the model, it is in training mode with dropout or gradient checkpointing, or in `torch.inference_mode()`; TypeError
+    for what is no TransformerLens model. Nothing is attached then.
+    """
+    check_types(add_node_masks, locals())
+    return make_node_masks(model, granularities, layers, ablation, gate=gate).attach(model)
+
+
+def make_node_masks(model: Any, granularities: str | Iterable[str] | None = None, layers: int | Iterable[int] | None = None,
+                    ablation: str | Ablation = "interchange", *, gate: Gate | None = None) -> NodeMasks:
+    """What `add_node_masks` attaches, not attached. Raises what that raises."""
+    chosen = as_ablation(ablation)
+    _check_free(model)
+    check_ready(model, gradient=True)
+    space = find_nodes(model).restrict(granularities, layers)
+    return NodeMasks(space, ablation=chosen, gate=gate, device=device_of(model))
+
+
+def remove_node_masks(model: Any) -> None:
+    """Take the masks of `add_node_masks` off, and what calls that were interrupted have left; no hook of this library is left. Raises
+    RuntimeError where there are none."""
+    check_types(remove_node_masks, locals())
+    attachment, cleared = find_attachment(model), ledger_of(model).clear()
+    if attachment is not None and isinstance(attachment.owner, NodeMasks):
+        attachment.owner.remove()
+    elif attachment is not None or not cleared:
+        raise RuntimeError("this model has no node masks to remove; model.add_node_masks() attaches them.")
+
+
+def masks_off(model: Any) -> Scope:
+    """Inside, masks attached to the model do nothing. Raises RuntimeError where a circuit is applied to it, or another thread is at work
+    on it."""
+    attachment = find_attachment(model)
+    if attachment is not None and not isinstance(attachment.owner, NodeMasks):
+        raise RuntimeError("a circuit is applied to this model; leave its `with` block first.")
+    return inactive(model)
+
+
+def _check_free(model: Any) -> None:
+    ledger_of(model).clear()
+    if (attachment := find_attachment(model)) is not None:
+        what = "node masks are" if isinstance(attachment.owner, NodeMasks) else "a circuit is"
+        raise RuntimeError(f"{what} attached to this model already; call model.remove_node_masks() "
+                           "or leave the circuit's `with` block first.")
+
+
+def _name(key: GateKey) -> str:
+    granularity, layer = key
+    return f"{granularity}_{layer}"

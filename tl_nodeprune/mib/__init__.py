@@ -1,0 +1,6 @@
+"""MIB's measures of a ranking (CPR, CMD) and its file format (arXiv:2504.13151)."""
+
+from tl_nodeprune.mib.format import read, write
+from tl_nodeprune.mib.measures import SIZES, FaithfulnessCurve, area, distance, evaluate, shortfall
+
+__all__ = ["SIZES", "FaithfulnessCurve", "area", "distance", "evaluate", "read", "shortfall", "write"]

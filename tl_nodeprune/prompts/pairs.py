@@ -1,0 +1,339 @@
+"""Prompts in pairs: clean and corrupted, with the answers that tell them apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_nodeprune.nodes.attachment import inactive
+from tl_nodeprune.nodes.checks import (
+    FILL,
+    check_answers,
+    check_counts,
+    check_finite,
+    check_mask,
+    check_positions,
+    check_seed,
+    check_tokens,
+    check_types,
+)
+from tl_nodeprune.nodes.hooks import answer_logits
+from tl_nodeprune.nodes.probe import check_causal, device_of
+
+
+@dataclass(frozen=True, eq=False)
+class PromptPairs:
+    """Clean prompts, corrupted prompts of the same shape, and the next tokens to tell apart.
+
+    clean, corrupted: [batch pos] token ids.
+    answers, wrong_answers: [batch], or [batch k] where several tokens are right; rows with fewer are filled with -1.
+    attention_mask: [batch pos], 1 at real tokens of both clean and corrupted; None: no padding. Left-padded prompts are
+        shifted to the left edge here (causal models then need no mask at all, nor do TransformerLens' own tools).
+    answer_positions: [batch], where the answer is predicted, as an index into `clean` as given; None: at the last real token.
+
+    Raises: ValueError for anything that does not fit together.
+    """
+
+    clean: Int[Tensor, "batch pos"]
+    corrupted: Int[Tensor, "batch pos"]
+    answers: Int[Tensor, "batch"] | Int[Tensor, "batch k"]
+    wrong_answers: Int[Tensor, "batch"] | Int[Tensor, "batch k"]
+    attention_mask: Bool[Tensor, "batch pos"] | None = None
+    answer_positions: Int[Tensor, "batch"] | None = None
+
+    def __post_init__(self) -> None:
+        check_tokens(self.clean, self.corrupted)
+        check_answers(self.clean, self.answers, self.wrong_answers)
+        mask = check_mask(self.clean, self.attention_mask)
+        positions = mask.shape[1] - 1 - mask.flip(1).long().argmax(1) if self.answer_positions is None else self.answer_positions
+        check_positions(positions, mask)
+        shift = mask.long().argmax(1)
+        order = (torch.arange(mask.shape[1], device=mask.device) + shift[:, None]) % mask.shape[1]
+        for name, value in (("clean", self.clean.long()), ("corrupted", self.corrupted.long()), ("attention_mask", mask)):
+            object.__setattr__(self, name, value.gather(1, order))
+        for name, value in (("answers", self.answers), ("wrong_answers", self.wrong_answers), ("answer_positions", positions - shift)):
+            object.__setattr__(self, name, value.long())
+
+    @classmethod
+    def from_strings(
+        cls, model: Any, clean: Sequence[str], corrupted: Sequence[str], answers: Sequence[str | Sequence[str]],
+        wrong_answers: Sequence[str | Sequence[str]],
+    ) -> PromptPairs:
+        """Tokenise with the model's tokenizer; prompts of several lengths are padded on the right.
+
+        answers, wrong_answers: a string each, or a list of strings where several are right; every one a single token, what
+            `prompt + answer` has beyond the clean prompt (mind the leading space: " Mary").
+
+        Raises: ValueError where a pair differs in token length, an answer is not one known token, a prompt is longer than the
+            model's context, or the model has no tokenizer; TypeError where a text is no string.
+        """
+        check_types(PromptPairs.from_strings, locals())
+        lists = {"clean": clean, "corrupted": corrupted, "answers": answers, "wrong_answers": wrong_answers}
+        if len({len(v) for v in lists.values()}) != 1 or not len(clean):
+            raise ValueError(f"from_strings needs lists of one equal length above 0; got {({k: len(v) for k, v in lists.items()})}.")
+        if getattr(model, "tokenizer", None) is None:
+            raise ValueError("the model has no tokenizer to read strings with; build PromptPairs from token ids instead.")
+        for name, values in lists.items():
+            for value in values:
+                _text(value, name, several="answers" in name)
+        rows = [(_tokens(model, a), _tokens(model, b)) for a, b in zip(clean, corrupted, strict=True)]
+        for i, (a, b) in enumerate(rows):
+            if len(a) != len(b):
+                raise ValueError(f"prompt {i}: clean has {len(a)} tokens and corrupted {len(b)}; they must align token by "
+                                 f"token.\n  clean:     {clean[i]!r}\n  corrupted: {corrupted[i]!r}")
+        width, lengths = max(len(a) for a, _ in rows), torch.tensor([len(a) for a, _ in rows])
+        pad = lambda ids: torch.cat([ids, ids.new_zeros(width - len(ids))])  # noqa: E731
+        prompts = cls(
+            clean=torch.stack([pad(a) for a, _ in rows]), corrupted=torch.stack([pad(b) for _, b in rows]),
+            answers=_answer_tokens(model, clean, answers), wrong_answers=_answer_tokens(model, clean, wrong_answers),
+            attention_mask=torch.arange(width)[None] < lengths[:, None],
+        ).to(device_of(model))
+        prompts.check_fits(model)
+        return prompts
+
+    @classmethod
+    def from_jsonl(cls, model: Any, path: str | Path) -> PromptPairs:
+        """From a file with one JSON object a line: {"clean": str, "corrupted": str, "answer": str, "wrong": str}; answers may be lists.
+
+        Raises: ValueError with the line's number for what is no such object, and what `from_strings` raises; OSError for no file.
+        """
+        check_types(PromptPairs.from_jsonl, locals())
+        columns: dict[str, list[Any]] = {"clean": [], "corrupted": [], "answer": [], "wrong": []}
+        try:
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                for name, column in columns.items():
+                    column.append(_text(row[name], name, several=name in ("answer", "wrong")))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: expected a JSON object with the keys {', '.join(columns)}; "
+                                 f"{type(error).__name__}: {error}") from error
+        if not columns["clean"]:
+            raise ValueError(f"{path} holds no prompt; expected one JSON object a line with the keys {', '.join(columns)}.")
+        return cls.from_strings(model, *columns.values())
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> PromptPairs:
+        """Some of the prompts; a single index gives a batch of one."""
+        if isinstance(index, int) and not isinstance(index, bool):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"prompt {index} does not exist; there are {len(self)}.")
+            index = [index]
+        if isinstance(index, bool) or isinstance(index, Tensor) and index.dtype == torch.bool and not index.ndim:
+            raise TypeError(f"index={index!r}; give a number, a slice, several numbers, or {len(self)} of True and False.")
+        try:
+            chosen = index if isinstance(index, slice) else torch.as_tensor(index).cpu()
+            rows = torch.arange(len(self))[chosen if isinstance(chosen, slice) or chosen.numel() else slice(0)].reshape(-1)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            kind = IndexError if isinstance(error, IndexError) else TypeError
+            raise kind(f"index={index!r}; give a number, a slice, several numbers, or {len(self)} of True and False: {error}") from error
+        if not len(rows):
+            raise ValueError(f"no prompt left of {len(self)} by indexing with {index!r}; PromptPairs holds one or more.")
+        taken, rows = object.__new__(PromptPairs), rows.to(self.clean.device)
+        for f in fields(self):  # past the checks, which these prompts have stood
+            object.__setattr__(taken, f.name, getattr(self, f.name)[rows])
+        return taken
+
+    def batches(self, batch_size: int) -> Iterator[PromptPairs]:
+        """The prompts in order, at most `batch_size` at a time. Raises: ValueError for a batch_size below 1."""
+        check_types(PromptPairs.batches, locals())
+        check_counts(batch_size=batch_size)
+        return (self[start:start + batch_size] for start in range(0, len(self), batch_size))
+
+    def to(self, device: torch.device | str) -> PromptPairs:
+        """The same prompts on another device. Raises: ValueError for one that cannot be used here."""
+        check_types(PromptPairs.to, locals())
+        try:
+            return PromptPairs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            raise ValueError(f"device={device!r} cannot be used here: {error}") from error
+
+    def split(self, share: float, seed: int) -> tuple[PromptPairs, PromptPairs]:
+        """Two disjoint sets at random, the first with `share` of the different clean prompts (at least one in each). Pairs with the same
+        clean prompt stay together, so that nothing held out was searched on.
+
+        Raises: ValueError for a share that is not between 0 and 1, or fewer than 2 different clean prompts.
+        """
+        check_types(PromptPairs.split, locals())
+        check_seed(seed)
+        which = self.distinct()
+        n = int(which.max()) + 1
+        if not 0 < share < 1 or n < 2:
+            raise ValueError(f"split needs 0 < share < 1 and 2 different clean prompts or more; got share={share} and {n}.")
+        place = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).argsort()[which]
+        cut = min(max(round(share * n), 1), n - 1)
+        order = place.argsort(stable=True)
+        return self[order[place[order] < cut]], self[order[place[order] >= cut]]
+
+    def distinct(self) -> Int[Tensor, "batch"]:
+        """Which clean prompt each pair has, numbered by first appearance: its real tokens, and where the answer is read."""
+        assert self.attention_mask is not None and self.answer_positions is not None
+        tokens = map(tuple, self.clean.masked_fill(~self.attention_mask, -1).tolist())
+        rows = list(zip(tokens, self.answer_positions.tolist(), strict=True))
+        number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+        return torch.tensor([number[row] for row in rows])
+
+    def without_repeats(self) -> PromptPairs:
+        """The first pair of each different clean prompt."""
+        which = self.distinct().tolist()
+        return self[[which.index(i) for i in range(max(which) + 1)]]
+
+    @property
+    def reach(self) -> int:
+        """Positions up to the last one that is no padding in some prompt."""
+        assert self.attention_mask is not None
+        return int(self.attention_mask.any(0).nonzero().max()) + 1
+
+    @property
+    def n_same(self) -> int:
+        """How many corrupted prompts are the same as their clean ones."""
+        return int((self.clean == self.corrupted).all(1).sum())
+
+    @property
+    def has_corrupted(self) -> bool:
+        """Whether any corrupted prompt is not the clean one."""
+        return self.n_same < len(self)
+
+    def check_corrupted(self, ablation: str) -> None:
+        """Raises ValueError where the ablation is "interchange" and there are no corrupted prompts."""
+        check_types(PromptPairs.check_corrupted, locals())
+        if ablation == "interchange" and not self.has_corrupted:
+            raise ValueError("corrupted prompts are missing: all are the same as the clean ones, so interchange ablation replaces nothing. "
+                             "Give corrupted prompts, or take mean, zero or optimal ablation.")
+
+    def correct(self, model: Any, *, batch_size: int = 64) -> PromptPairs:
+        """Those prompts that the full model answers right, whatever is attached to it now: answer logit > wrong logit.
+
+        Raises: ValueError where it answers none; FloatingPointError for NaN or inf logits.
+        """
+        check_types(PromptPairs.correct, locals())
+        right = torch.cat([batch.logit_diff(_logits(model, batch)) > 0 for batch in self.batches(batch_size)])
+        if not right.any():
+            raise ValueError(f"the model answers none of the {len(self)} prompts right; is the tokenizer, the task or the model another's?")
+        return self[right.nonzero()[:, 0]]
+
+    def logit_diff(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch"]:
+        """Answer logit - wrong logit at the answer positions; for several answers, log-sum-exp over each side.
+
+        With p the model's probabilities this is `log(p(answers) / p(wrong answers))`.
+
+        Raises: FloatingPointError where it is NaN or inf, unless gradients are on; ValueError for logits of another shape.
+        """
+        check_types(PromptPairs.logit_diff, locals())
+        wrong = f"logits are {tuple(logits.shape)}; they must be [batch d_vocab], for these {len(self)} prompts, with all of their answers."
+        if logits.ndim != 2 or len(logits) != len(self):
+            raise ValueError(wrong)
+        try:
+            difference = _pooled(logits, self.answers) - _pooled(logits, self.wrong_answers)
+        except RuntimeError as error:  # asked before, the largest answer would be a look from the host at every step
+            raise ValueError(f"{wrong} {error}") from error
+        if not torch.is_grad_enabled():
+            check_finite(difference, "the logit difference")
+        return difference
+
+    def check_fits(self, model: Any, name: str = "prompts") -> None:
+        """Raises ValueError where a token id is outside the model's vocabulary, the prompts are longer than its context, or they have
+        padding and its attention is not causal. name: what they are called in it."""
+        check_types(PromptPairs.check_fits, locals())
+        size = int(model.cfg.d_vocab)
+        for field in ("clean", "corrupted", "answers", "wrong_answers"):
+            top = int(getattr(self, field).max())
+            if top >= size:
+                raise ValueError(f"{name}: {field} holds token id {top}, but the model's vocabulary ends at {size - 1}; "
+                                 "were the prompts made with another tokenizer?")
+        if self.clean.shape[1] > (n_ctx := int(getattr(model.cfg, "n_ctx", 0) or 1 << 30)):
+            raise ValueError(f"{name} have {self.clean.shape[1]} tokens, but the model's context is {n_ctx}.")
+        assert self.attention_mask is not None
+        check_causal(model, self.attention_mask)
+
+
+def check_pairs(given: object, name: str = "prompts") -> None:
+    """Raises TypeError for what is no PromptPairs."""
+    if not isinstance(given, PromptPairs):
+        raise TypeError(f"{name} must be PromptPairs, got {type(given).__name__}; see PromptPairs.from_strings.")
+
+
+def _logits(model: Any, prompts: PromptPairs) -> Tensor:
+    prompts.check_fits(model)
+    assert prompts.answer_positions is not None
+    with torch.no_grad(), inactive(model):
+        return answer_logits(model, prompts.clean, prompts.answer_positions, sliced=False)
+
+
+def _pooled(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-sum-exp of the logits of each row's tokens, FILL left out."""
+    table = tokens if tokens.ndim == 2 else tokens[:, None]
+    picked = logits.gather(1, table.clamp(min=0))
+    return picked.masked_fill(table == FILL, -torch.inf).logsumexp(1)
+
+
+def _tokens(model: Any, text: str) -> Tensor:
+    return model.to_tokens(text, truncate=False)[0].cpu()  # type: ignore[no-any-return]
+
+
+def _text(value: Any, name: str, *, several: bool) -> Any:
+    """A string, or where several may be right a list of strings. Raises TypeError; ValueError for half of a surrogate pair, which is no
+    character."""
+    texts = value if isinstance(value, (list, tuple)) and several else [value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} must be a string{' or a list of strings' if several else ''}, got {value!r}")
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"{name} holds half of a surrogate pair, {text!r}; write the whole character, or its escapes together.")
+    return value
+
+
+def _answer_tokens(model: Any, prompts: Sequence[str], answers: Sequence[str | Sequence[str]]) -> Tensor:
+    rows = [[answer] if isinstance(answer, str) else list(answer) for answer in answers]
+    pairs = [(prompt, text) for prompt, row in zip(prompts, rows, strict=True) for text in row]
+    ids, width = iter(_single_tokens(model, pairs)), max(map(len, rows))
+    table = torch.tensor([[next(ids) for _ in row] + [FILL] * (width - len(row)) for row in rows])
+    return table[:, 0] if width == 1 else table
+
+
+def _single_tokens(model: Any, pairs: Sequence[tuple[str, str]]) -> list[int]:
+    """The token of each answer after its prompt. Raises ValueError where it is not one known token."""
+    tokens = []
+    for (_, text), ids in zip(pairs, continuations(model, pairs), strict=True):
+        if len(ids) != 1:
+            raise ValueError(f"the answer {text!r} is {len(ids)} tokens ({ids}); an answer is one token. "
+                             "Is a leading space missing, or one too many? Otherwise choose other words.")
+        if is_unknown(model, ids[0], text):
+            raise ValueError(f"the answer {text!r} is not in the model's vocabulary; choose other words.")
+        tokens.append(ids[0])
+    return tokens
+
+
+def continuations(model: Any, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """The tokens of each text after its prompt: those that `prompt + text` has beyond the prompt's; where the two together are read in
+    another way, those of the text alone. So a tokenizer that puts a space before every text (Llama 2) gives one token for " Mary" too.
+    """
+    encode = partial(model.tokenizer, add_special_tokens=False)
+    texts = list(dict.fromkeys(part for prompt, text in pairs for part in (prompt, prompt + text, text)))
+    ids = dict(zip(texts, map(list, encode(texts)["input_ids"]), strict=True))
+    found = []
+    for prompt, text in pairs:
+        before, whole = ids[prompt], ids[prompt + text]
+        beyond = whole[len(before):] if whole[:len(before)] == before else []
+        found.append(beyond if beyond and (len(beyond) == 1 or len(ids[text]) != 1) else ids[text])
+    return found
+
+
+def is_unknown(model: Any, token: int, text: str) -> bool:
+    """Whether a token is the tokenizer's word for a text that it does not know."""
+    return token == getattr(model.tokenizer, "unk_token_id", None) and text.strip() != model.tokenizer.unk_token
