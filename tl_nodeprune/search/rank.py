@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import nn
 
 from tl_nodeprune.circuit.scores import NodeScores
+from tl_nodeprune.masks.ablation import Ablation
 from tl_nodeprune.masks.landscape import Landscape
 from tl_nodeprune.masks.losses import LossFn, distance, kl_divergence
 from tl_nodeprune.masks.node_masks import NodeMasks
 from tl_nodeprune.nodes.checks import check_seed, check_types
 from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.search.attached import on_model
 from tl_nodeprune.search.budget import Budget
 from tl_nodeprune.search.run import Run, Settings, going, searchable
 
 
-def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence, steps: int | None = None, batch_size: int = 64,
-         step_prompts: int | None = None, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True) -> NodeScores:
+def rank(masks: NodeMasks | nn.Module, prompts: PromptPairs, *, loss: LossFn = kl_divergence, steps: int | None = None,
+         batch_size: int = 64, step_prompts: int | None = None, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True,
+         granularities: str | Iterable[str] | None = None, layers: int | Iterable[int] | None = None,
+         ablation: str | Ablation | None = None) -> NodeScores:
     """A score for every leaf node such that the best k of them, for every k, are a circuit of low loss: `1 - (place - 1) / n`.
 
     It is `prune`'s run without a cut, all sizes alike, on all of the prompts. The masks stay as they are.
 
+    masks: attached ones, or a model, which then gets masks for the length of the call; granularities, layers, ablation: of those, as in
+        `add_node_masks`.
     loss: fn(circuit_logits, full_logits, prompts) -> [batch], its mean is lowered at each size; KL(full || circuit) as given. For MIB
         see `mib.distance` (CMD) and `mib.shortfall` (CPR). By KL and `mib.distance` pairs are searched on in both directions where `prune`
         does that. All else as in `prune`.
@@ -27,7 +36,10 @@ def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence
     Raises: ValueError for a loss that is the same with every node ablated, or "optimal" ablation, whose constants differ from size to
     size; and what `prune` raises.
     """
-    check_types(rank, locals())
+    given = locals()
+    check_types(rank, given)
+    if not isinstance(masks, NodeMasks) or granularities is not None or layers is not None or ablation is not None:
+        return on_model(rank, **given)
     check_seed(seed)
     settings = Settings(steps, batch_size, step_prompts, cache_bytes, seed)
     if masks.asked_ablation.name == "optimal":
