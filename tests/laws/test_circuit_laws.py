@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from logits import circuit_logits
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit.circuit import circuit_logits
 from tl_nodeprune.nodes.hooks import capture
 from tl_nodeprune.nodes.probe import find_nodes
 

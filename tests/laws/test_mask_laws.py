@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from logits import full_logits
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit.circuit import full_logits
 from tl_nodeprune.nodes.space import GateKey
 
 Toy = tuple[Any, tlnp.PromptPairs]

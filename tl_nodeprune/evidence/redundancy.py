@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.runs import Runs
+from tl_nodeprune.circuit import Circuit, Runs
 from tl_nodeprune.evidence.units import Unit, closed, opened
 
 MATTERS = 0.01  # of KL(full || ablated): a rise of the KL below this counts as none

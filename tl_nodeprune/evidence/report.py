@@ -14,20 +14,15 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.runs import Runs
-from tl_nodeprune.evidence.evaluation import evaluate
+from tl_nodeprune.circuit import Circuit, Runs, evaluate
+from tl_nodeprune.evidence.findings import Settings
 from tl_nodeprune.evidence.hypotheses import HypothesisTest, equivalence, independence, minimality
-from tl_nodeprune.evidence.reporting import Report, Settings
+from tl_nodeprune.evidence.reporting import Report
 from tl_nodeprune.evidence.trial import Trial, UnitEffects
 from tl_nodeprune.evidence.units import units_of
-from tl_nodeprune.masks.ablation import ABLATIONS, Ablation
-from tl_nodeprune.masks.constants import with_optimal_constants
-from tl_nodeprune.masks.node_masks import masks_off
-from tl_nodeprune.nodes.checks import check_counts, check_level, check_seed, check_types
-from tl_nodeprune.nodes.probe import check_ready, model_name
-from tl_nodeprune.prompts.pairs import PromptPairs
-from tl_nodeprune.prompts.preference import preference
+from tl_nodeprune.masks import ABLATIONS, Ablation, masks_off, optimal_constants
+from tl_nodeprune.nodes import check_counts, check_level, check_ready, check_seed, check_types, model_name
+from tl_nodeprune.prompts import PromptPairs, preference
 
 FEWEST_FOR_INTERVALS = 10
 
@@ -138,11 +133,10 @@ def _under_each_ablation(model: Any, circuit: Circuit, prompts: PromptPairs, jud
             left_out.append("Mean ablation is left out: the held-out prompts are longer than those of the search, whose means it takes.")
         else:
             if name == "optimal" and not ablation.fitted:
-                under = with_optimal_constants(model, circuit, prompts, batch_size=batch_size)
+                fitted = optimal_constants(model, circuit.masks, prompts, batch_size=batch_size)
             else:
                 fitted = ablation.fit(model, prompts, circuit.space.hooks, batch_size=batch_size)
-                under = circuit.under(fitted)
-            found = evaluate(model, under, judged, batch_size=batch_size)
+            found = evaluate(model, circuit.under(fitted), judged, batch_size=batch_size)
             rows[name] = found.to_frame().loc["circuit"].to_dict() | {"found_under": name == circuit.ablation.name}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("ablation"), left_out
 

@@ -10,9 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.runs import Runs, Scores
-from tl_nodeprune.evidence.evaluation import Metrics
+from tl_nodeprune.circuit import Circuit, Metrics, Runs, Scores
 from tl_nodeprune.evidence.redundancy import MATTERS, PAIRS_AMONG, RECOVERED, Redundancy, kept_groups, kept_pairs, stand_ins
 from tl_nodeprune.evidence.units import SizeMatched, Unit, closed, opened
 

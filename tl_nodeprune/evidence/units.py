@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.nodes.space import GateKey, Gates, NodeSpace
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.nodes import GateKey, Gates, NodeSpace
 
 UNITS: tuple[str, ...] = ("block", "node")
 NAMES = {"layer": "layer", "attn": "attention", "mlp": "MLP", "head": "head", "attn_neuron": "head dim", "mlp_neuron": "MLP neuron",

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from tl_nodeprune.evidence.findings import Findings
 from tl_nodeprune.evidence.redundancy import MATTERS
-from tl_nodeprune.prompts.preference import FEWEST, SIGNIFICANT
-
-if TYPE_CHECKING:
-    from tl_nodeprune.evidence.reporting import Report
+from tl_nodeprune.prompts import FEWEST, SIGNIFICANT
 
 LEFT = 0.2
 """Of the task's effect on the logit difference: more must not be left without the circuit, nor lie between model and circuit on average."""
@@ -30,7 +27,7 @@ class Verdict:
         return f"[{MARKS[self.passed]:^3}] {self.name}: {self.sentence}"
 
 
-def verdicts_of(report: Report) -> tuple[Verdict, ...]:
+def verdicts_of(report: Findings) -> tuple[Verdict, ...]:
     """All verdicts, the task first. Where the full model does not do it, or on too few prompts, none of the others speaks for a circuit or
     against it."""
     tests = [Verdict(test.name, test.passed, test.sentence) for test in (report.equivalence, report.independence, report.minimality)]
@@ -42,7 +39,7 @@ def verdicts_of(report: Report) -> tuple[Verdict, ...]:
     return (task, *others)
 
 
-def _task(report: Report) -> Verdict:
+def _task(report: Findings) -> Verdict:
     n, p = report.settings.n_prompts, report.task_p
     if math.isnan(p):
         return Verdict("task", None, "Not tested: corrupted prompts are the same as the clean ones. The full model prefers the answer to "
@@ -56,7 +53,7 @@ def _task(report: Report) -> Verdict:
                    "of a task can be claimed; what follows is about the model's output alone.")
 
 
-def _faithfulness(report: Report) -> Verdict:
+def _faithfulness(report: Findings) -> Verdict:
     found = report.evaluation
 
     def within(name: str, form: str = ".3g") -> str:
@@ -71,7 +68,7 @@ def _faithfulness(report: Report) -> Verdict:
         f"{found.full.accuracy:.0%}{scale}."))
 
 
-def _completeness(report: Report) -> Verdict:
+def _completeness(report: Findings) -> Verdict:
     found = report.completeness
     known = not (math.isnan(found.left) or math.isnan(found.gap_share))
     parts = "no part of it could be" if not len(found.gaps) else (
@@ -86,7 +83,7 @@ def _percent(share: float) -> str:
     return "an unknown share" if math.isnan(share) else f"{round(100 * share)}%"  # an int: no -0%
 
 
-def _random_circuits(report: Report) -> Verdict:
+def _random_circuits(report: Findings) -> Verdict:
     null, alpha, name = report.null, report.settings.alpha, "random circuits"
     where = "in all layers together" if null.over_layers else "in each layer"
     if null.possible < 2:
@@ -101,7 +98,7 @@ def _random_circuits(report: Report) -> Verdict:
     return Verdict(name, low, f"Its KL is {'lower than that of nearly all' if low else 'not clearly lower than those'} {tail}.")
 
 
-def _redundancy(report: Report) -> Verdict:
+def _redundancy(report: Findings) -> Verdict:
     found = report.redundancies
     if found:
         more = f"; and {len(found) - NAMED} more" if len(found) > NAMED else ""
@@ -121,7 +118,7 @@ def _redundancy(report: Report) -> Verdict:
         "looked for."))
 
 
-def _ablations(report: Report) -> Verdict:
+def _ablations(report: Findings) -> Verdict:
     table = report.ablations
     each = "; ".join(f"{name}: faithfulness {row['faithfulness']:.3g}, KL {row['kl']:.3g} nats" for name, row in table.iterrows())
     return Verdict("ablations", None, f"Found under {report.settings.ablation}, judged under {each}.")

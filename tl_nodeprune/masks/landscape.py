@@ -10,16 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_nodeprune.circuit.circuit import Circuit
 from tl_nodeprune.masks.ablation import Ablation
 from tl_nodeprune.masks.constants import RATE as CONSTANTS_RATE
 from tl_nodeprune.masks.losses import LossFn, choice_hinge, kl_divergence
 from tl_nodeprune.masks.reference import Reference
-from tl_nodeprune.nodes.attachment import HookFn, temporary_hooks
-from tl_nodeprune.nodes.checks import check_finite
-from tl_nodeprune.nodes.hooks import capture_nodes, mask_hooks
-from tl_nodeprune.nodes.probe import device_of
-from tl_nodeprune.nodes.space import GateKey, Gates, NodeSpace
+from tl_nodeprune.nodes import GateKey, Gates, HookFn, NodeSpace, capture_nodes, check_finite, device_of, mask_hooks, temporary_hooks
 
 HINGE_WEIGHT = 0.2
 STEP_COST = 3  # forwards that a forward with its backward takes
@@ -53,14 +48,6 @@ class Landscape:
         return {key: pieces.get(key, torch.ones(shape, device=flat.device, dtype=torch.float32))
                 for key, shape in self.space.shapes.items()}
 
-    def circuit(self, kept: Bool[Tensor, "node"]) -> Circuit:
-        """Kept nodes as a circuit, with the ablation and its constants as they are now."""
-        return Circuit(self.space, self.gates(kept.float()), self.with_coarse(self.ablation_now()))
-
-    def flat(self, circuit: Circuit) -> Bool[Tensor, "node"]:
-        """A circuit as kept nodes."""
-        return torch.cat([circuit.live(*key).flatten() for key in self.keys]).to(self.device)
-
     def losses(self, flats: Float[Tensor, "circuit node"], rows: Int[Tensor, "row"]) -> Losses:
         """Run circuits on some of the prompts, many in one forward: each [circuit row], without gradient."""
         n, found = len(rows), []
@@ -70,7 +57,7 @@ class Landscape:
                 which, at = some // n, rows[some % n]
                 one = bool((which == which[0]).all())
                 flat = flats[which[0]] if one else flats[which.to(flats.device)]
-                losses, _ = self._judged(self._run(flat.to(self.device), at), at)
+                losses, _ = self._judged(self.logits(flat.to(self.device), at), at)
                 check_finite(losses.loss, "the loss of the circuit")
                 self.passed(len(at))
                 found.append(losses)
@@ -101,7 +88,7 @@ class Landscape:
         """Losses and gradients of one forward: to the gates [row node], and summed over prompts to the learned constants."""
         leaf = flat.detach().to(self.device).clone().requires_grad_(True)
         with torch.enable_grad():
-            losses, wanted = self._judged(self._run(leaf, rows), rows)
+            losses, wanted = self._judged(self.logits(leaf, rows), rows)
             if not losses.loss.requires_grad:
                 raise ValueError("the loss has no gradient (a count or an argmax?); a search needs a differentiable one.")
             grad, *constants = torch.autograd.grad(wanted.sum(), [leaf, *self.constants.values()], allow_unused=True)
@@ -120,13 +107,7 @@ class Landscape:
 
     def logits(self, flat: Tensor, rows: Tensor) -> Tensor:
         """The answer logits [row d_vocab] under gates [node] or [row node]."""
-        return self._run(flat, rows)
-
-    def _run(self, flat: Tensor, rows: Tensor) -> Tensor:
-        masks, stand_ins = self._masks(flat), self.constants or self.reference.stand_ins(rows)
-        hooks = [*mask_hooks(masks, masks.__getitem__, stand_ins.__getitem__), *self._closed_blocks(flat, rows)]
-        with temporary_hooks(self.reference.model, hooks):
-            return self.reference.logits(self.reference.prompts[rows])
+        return self.reference.logits(rows, self._masks(flat), self.constants or None, also=self._closed_blocks(flat, rows))
 
     def _masks(self, flat: Tensor) -> dict[str, Tensor]:
         """Masks by hook point for gates [node], or [row node] for gates of each prompt's own."""

@@ -17,16 +17,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_nodeprune.circuit.scores import NodeScores, ranks
-from tl_nodeprune.masks.landscape import STEP_COST, Landscape, circuits_of
-from tl_nodeprune.masks.losses import kl_divergence
-from tl_nodeprune.masks.node_masks import NodeMasks
-from tl_nodeprune.masks.reference import Reference
-from tl_nodeprune.nodes.attachment import find_attachment
-from tl_nodeprune.nodes.checks import check_counts, check_number
-from tl_nodeprune.nodes.probe import check_ready
-from tl_nodeprune.prompts.pairs import PromptPairs, check_pairs
-from tl_nodeprune.prompts.preference import Preference, Sample, preference
+from tl_nodeprune.circuit import NodeScores, ranks
+from tl_nodeprune.masks import STEP_COST, Landscape, NodeMasks, Reference, circuits_of, kl_divergence
+from tl_nodeprune.nodes import check_counts, check_number, check_ready, find_attachment
+from tl_nodeprune.prompts import Preference, PromptPairs, Sample, check_pairs, preference
 from tl_nodeprune.search.budget import Budget
 from tl_nodeprune.search.checkpoint import Checkpoint
 from tl_nodeprune.search.exact_tests import expected_forwards

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from logits import circuit_logits
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit.circuit import circuit_logits
 from tl_nodeprune.circuit.runs import Runs
 from tl_nodeprune.nodes.probe import find_nodes
 
