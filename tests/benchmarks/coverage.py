@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.evidence.report import bootstrap
+from tl_nodeprune.evidence.reports.report import bootstrap
 from tl_nodeprune.masks.reference import Reference
 from tl_nodeprune.nodes.probe import find_nodes
 from tl_nodeprune.nodes.space import GateKey

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from logits import full_logits
+from circuits import full_logits
 from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge

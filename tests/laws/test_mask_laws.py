@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from logits import full_logits
+from circuits import full_logits, random_circuit
 from torch import Tensor
 
 import tl_nodeprune as tlnp
@@ -37,11 +37,6 @@ class Linear:
 
     def kept(self, score: Tensor) -> Tensor:
         return score > 0.5
-
-
-def random_circuit(space: Any, seed: int, share: float = 0.6) -> tlnp.Circuit:
-    generator = torch.Generator().manual_seed(seed)
-    return tlnp.Circuit(space, {key: torch.rand(shape, generator=generator) < share for key, shape in space.shapes.items()})
 
 
 @pytest.mark.parametrize("granularities", SUBSETS)

@@ -5,7 +5,6 @@ conversion  from trained masks to a circuit and back
 evaluation  how faithful a circuit is, beside the full and the ablated model
 scores      NodeScores: an order of all nodes, whose best k are a circuit
 effects     Effects: what patching a node adds to a metric
-runs        many circuits on the same prompts
 format      the bytes of a circuit's file, checked
 files       files written whole or not at all
 """
@@ -17,10 +16,9 @@ from tl_nodeprune.circuit.circuit import Circuit
 from tl_nodeprune.circuit.conversion import leaves_of, set_to, to_circuit
 from tl_nodeprune.circuit.effects import DIRECTIONS, Effects
 from tl_nodeprune.circuit.evaluation import Evaluation, Metrics, evaluate
-from tl_nodeprune.circuit.runs import Runs, Scores
 from tl_nodeprune.circuit.scores import SIZES, NodeScores, check_sizes, ranks
 
 __all__ = [
-    "DIRECTIONS", "SIZES", "Circuit", "Effects", "Evaluation", "Metrics", "NodeScores", "Runs", "Scores", "check_sizes", "evaluate",
+    "DIRECTIONS", "SIZES", "Circuit", "Effects", "Evaluation", "Metrics", "NodeScores", "check_sizes", "evaluate",
     "files", "leaves_of", "ranks", "set_to", "to_circuit",
 ]

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from tl_nodeprune.circuit import SIZES, Circuit, Effects, NodeScores, Runs, check_sizes
+from tl_nodeprune.circuit import SIZES, Circuit, Effects, NodeScores, check_sizes
+from tl_nodeprune.evidence import Runs
 from tl_nodeprune.masks import Ablation, as_ablation, distance, masks_off, shortfall
 from tl_nodeprune.mib.format import board_count, read, write
 from tl_nodeprune.nodes import GateKey, check_counts, check_ready, check_types, find_nodes

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from logits import full_logits
+from circuits import full_logits
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.masks.reference import Reference

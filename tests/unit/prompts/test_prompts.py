@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from logits import full_logits
+from circuits import full_logits
 from torch import Tensor
 
 import tl_nodeprune as tlnp

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from logits import full_logits
+from circuits import full_logits
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.toy.train import draw

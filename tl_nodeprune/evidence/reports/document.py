@@ -1,4 +1,4 @@
-"""What a report on a circuit holds, and its forms: text, frame, Markdown."""
+"""A report as one reads it: text, frame, Markdown."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from tl_nodeprune.evidence.findings import Findings
-from tl_nodeprune.evidence.verdicts import MARKS, Verdict, verdicts_of
+from tl_nodeprune.evidence.reports.verdicts import MARKS, Findings, Verdict, verdicts_of
 from tl_nodeprune.nodes import check_types
 
 

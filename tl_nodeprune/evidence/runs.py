@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_nodeprune.circuit.circuit import Circuit
+from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.masks import Ablation, Reference, kl_divergence
 from tl_nodeprune.nodes import NodeSpace, check_finite, rounding
 from tl_nodeprune.prompts import PromptPairs

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from logits import circuit_logits, full_logits
+from circuits import circuit_logits, full_logits
 from scipy import stats
 
 import tl_nodeprune as tlnp

@@ -1,4 +1,4 @@
-"""Logits at the answer positions by plain hooks, for the tests of several packages to compare with."""
+"""Random circuits, and logits at the answer positions by plain hooks, for the tests of several packages to compare with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.nodes.space import NodeSpace
+
+
+def random_circuit(space: NodeSpace, seed: int, share: float = 0.6) -> tlnp.Circuit:
+    """Every gate open with this chance."""
+    generator = torch.Generator().manual_seed(seed)
+    return tlnp.Circuit(space, {key: torch.rand(shape, generator=generator) < share for key, shape in space.shapes.items()})
 
 
 def full_logits(model: Any, prompts: tlnp.PromptPairs) -> Tensor:
