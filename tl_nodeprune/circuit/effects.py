@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.nodes.space import GateKey, NodeSpace, spread
+from tl_nodeprune.nodes import GateKey, NodeSpace, check_types, spread
 
 DIRECTIONS: tuple[str, ...] = ("denoise", "noise")
 

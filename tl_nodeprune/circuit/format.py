@@ -20,8 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tl_nodeprune.masks.ablation import ABLATIONS, Ablation
-from tl_nodeprune.nodes.space import GRANULARITIES, GateKey, Gates, NodeSpace
+from tl_nodeprune.masks import ABLATIONS, Ablation
+from tl_nodeprune.nodes import GRANULARITIES, GateKey, Gates, NodeSpace
 
 _FORMAT, _OLDER = "tl_nodeprune.circuit/2", "tl_nodeprune.circuit/1"
 _BLANK = "0" * 64

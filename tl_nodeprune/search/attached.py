@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from tl_nodeprune.masks.node_masks import NodeMasks, make_node_masks
+from tl_nodeprune.masks import NodeMasks, make_node_masks
 
 T = TypeVar("T")
 
