@@ -16,7 +16,7 @@ shell.end_quietly_while_starting("tl-nodeprune", __name__)  # before the imports
 from tl_nodeprune import mib, toy, viz
 from tl_nodeprune.circuit.circuit import Circuit
 from tl_nodeprune.circuit.scores import NodeScores
-from tl_nodeprune.evidence import crosscheck, hypotheses
+from tl_nodeprune.evidence import crosscheck, hypotheses, known
 from tl_nodeprune.evidence.evaluation import Evaluation, evaluate
 from tl_nodeprune.evidence.report import report
 from tl_nodeprune.evidence.reporting import Report
@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GRANULARITIES", "Ablation", "Circuit", "Estimate", "Evaluation", "HardConcrete", "NodeMasks", "NodeScores", "PaperObjective",
     "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "crosscheck", "estimate", "evaluate", "hypotheses",
-    "kl_divergence", "mib", "prune", "rank", "remove_node_masks", "report", "sweep", "tasks", "toy", "viz",
+    "kl_divergence", "known", "mib", "prune", "rank", "remove_node_masks", "report", "sweep", "tasks", "toy", "viz",
 ]
 
 

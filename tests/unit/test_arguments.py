@@ -32,8 +32,10 @@ from tl_nodeprune.search.sweep import SweepRun
 
 HERE = str(Path(tlnp.__file__).parent)
 HEADS = ("head", "mlp")
+LIST = tlnp.known.KnownCircuit("x", "y", {"r": ((0, 1),)}, n_layers=3, n_heads=4)
 CLASSES = (tlnp.Ablation, tlnp.Circuit, tlnp.HardConcrete, tlnp.NodeMasks, tlnp.NodeScores, tlnp.PaperObjective, tlnp.PromptPairs,
-           tlnp.PruneResult, tlnp.Report, tlnp.StepGate, tlnp.Sweep, tlnp.crosscheck.Agreement, tlnp.crosscheck.Effects)
+           tlnp.PruneResult, tlnp.Report, tlnp.StepGate, tlnp.Sweep, tlnp.crosscheck.Agreement, tlnp.crosscheck.Effects,
+           tlnp.known.KnownCircuit)
 # what the library itself makes, and what is called by it alone, each step
 NOT_CALLED_BY_USERS = {
     *("Estimate", "Evaluation", "PruneResult", "Report", "Sweep", "crosscheck.Agreement", "crosscheck.Effects", "crosscheck.NodeScore",
@@ -161,6 +163,7 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "Circuit.empty": lambda w: (tlnp.Circuit.empty, {"space": w.circuit.space}),
     "Circuit.live": lambda w: (w.circuit.live, {"granularity": "head", "layer": 1}),
     "Circuit.nodes": lambda w: (w.circuit.nodes, {"granularity": "head"}),
+    "Circuit.at": lambda w: (w.circuit.at, {"granularities": "head"}),
     "Circuit.under": lambda w: (w.circuit.under, {"ablation": "zero"}),
     "Circuit.iou": lambda w: (w.circuit.iou, {"other": ~w.circuit}),
     "Circuit.check_fits": lambda w: (w.circuit.check_fits, {"model": w.model}),
@@ -218,6 +221,9 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "hypotheses.minimality": lambda w: (tlnp.hypotheses.minimality,
                                         {"effects": w.logits[0, :3], "reference": w.logits[1, :150], "names": ["a", "b", "c"]}),
     "kl_divergence": lambda w: (tlnp.kl_divergence, {"logits": w.logits, "full": w.logits, "prompts": w.prompts}),
+    "known.overlap": lambda w: (tlnp.known.overlap, {"circuit": w.circuit, "known": LIST}),
+    "known.KnownCircuit": lambda w: (tlnp.known.KnownCircuit, {"name": "x", "source": "y", "roles": {"r": ((0, 1),)}}),
+    "known.KnownCircuit.circuit": lambda w: (LIST.circuit, {"model": w.model}),
     "mib.area": lambda w: (tlnp.mib.area, {"sizes": (0.1, 1.0), "values": (0.5, 1.0)}),
     "mib.distance": lambda w: (tlnp.mib.distance, {"logits": w.logits, "full": w.logits, "prompts": w.prompts}),
     "mib.shortfall": lambda w: (tlnp.mib.shortfall, {"logits": w.logits, "full": w.logits, "prompts": w.prompts}),
@@ -279,17 +285,18 @@ def at_least_0(value: Any) -> bool:
 
 # which numbers are right, by argument
 NUMBERS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("batch_size", "n", "n_random", "n_subsets", "max_units", "most", "permutations", "steps", "step_prompts"), whole(1)),
+    **dict.fromkeys(("batch_size", "n", "n_random", "n_subsets", "max_units", "most", "permutations", "steps", "step_prompts",
+                     "n_layers"), whole(1)),
     **dict.fromkeys(("exact_tests", "cache_bytes", "ties"), at_least_0),
     **dict.fromkeys(("alpha", "quantile"), share), **dict.fromkeys(("max_kl", "time_limit", "beta", "width", "max_loss"), positive),
     **dict.fromkeys(("lr", "lr_end", "warmup", "weight_decay", "max_grad_norm"), at_least_0),
-    "seed": lambda v: 0 <= v < 1 << 63, "agreement": lambda v: 0 <= v <= 1, "lam": lambda v: 0 <= v <= 1,
+    "n_heads": lambda v: v >= 2, "seed": lambda v: 0 <= v < 1 << 63, "agreement": lambda v: 0 <= v <= 1, "lam": lambda v: 0 <= v <= 1,
     "tolerance": lambda v: 0 <= v <= 0.4, "hinge": math.isfinite, "share": share, "prompt": lambda v: -8 <= v < 8,
     "layer": lambda v: 0 <= v < 3, "layers": lambda v: -3 <= v < 3,
     "max_nodes": lambda v: v in (1, 2, 3), "size": lambda v: v in (0, 1, 2, 3, 1.0, 0.0), "gamma": lambda v: -math.inf < v < 0,
     "zeta": lambda v: v == 1.1, "open_score": lambda v: 2.5 <= v < math.inf, "closed_score": lambda v: -math.inf < v <= -3,
 }
-ANY_TEXT = ("task", "title", "path", "device", "checkpoint")
+ANY_TEXT = ("task", "title", "path", "device", "checkpoint", "source", "notes")
 # words that are right, where not any text is
 WORDS = {"granularity": ("head", "mlp_neuron"), "granularities": HEADS, "ablation": ("interchange", "mean", "zero", "optimal"),
          "name": (), "hook": (),
@@ -301,7 +308,9 @@ RIGHT: dict[tuple[str, str], tuple[str, ...]] = {
     ("Ablation", "constants"): ("{}",), ("PaperObjective", "weights"): ("{}",), ("NodeMasks.standing_in", "values"): ("{}",),
     ("hypotheses.minimality", "effects"): ("integers [2]",), ("StepGate", "open_score"): ("2.5", "1", "10**30"),
     ("StepGate", "closed_score"): ("-1", "0", "-0.5"), ("add_node_masks", "layers"): ("[1, 1]", "[-1]"),
-    ("estimate", "layers"): ("[1, 1]", "[-1]"),
+    ("estimate", "layers"): ("[1, 1]", "[-1]"), ("Circuit.at", "layers"): ("[1, 1]", "[-1]"),
+    ("known.KnownCircuit", "name"): ("'x'", "''"), ("known.KnownCircuit", "mlps"): ("[]", "()", "[1, 1]"),
+    ("known.KnownCircuit", "n_layers"): ("1",), ("known.KnownCircuit", "n_heads"): ("2",),
     ("sweep", "max_kl"): ("[1.5, 0.5]", "[99]", "numpy [2]"), ("sweep", "seeds"): ("[99]",),
     ("PromptPairs.check_fits", "name"): ("'x'", "''"),
  ("Sweep.consensus", "share"): ("1",), ("crosscheck.agreement", "share"): ("1",),

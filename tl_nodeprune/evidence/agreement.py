@@ -111,7 +111,8 @@ def agreement(circuit: Circuit, scores: Effects | Mapping[str, Tensor], *, share
     tables = _of_effects(circuit, scores) if isinstance(scores, Effects) else _of_mapping(circuit, scores)
     if not tables:
         have = ", ".join(scores.granularities if isinstance(scores, Effects) else scores) or "nothing"
-        raise ValueError(f"the scores are for {have}, the circuit is over {', '.join(circuit.space.granularities)}: nothing to compare.")
+        at = f"; compare circuit.at({list(scores.granularities)})" if isinstance(scores, Effects) else ""
+        raise ValueError(f"the scores are for {have}, the circuit is over {', '.join(circuit.space.granularities)}: nothing to compare{at}.")
     floor = _FLOOR * abs(scores.clean - scores.corrupted) if isinstance(scores, Effects) else 0.0
     what = f"{scores.method} ({scores.direction})" if isinstance(scores, Effects) else "given scores"
     rows = [_compare(name, circuit, tables[name], share, floor) for name in circuit.space.granularities if name in tables]
