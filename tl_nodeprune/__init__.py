@@ -14,6 +14,7 @@ shell.end_quietly_while_starting("tl-nodeprune", __name__)  # before the imports
 
 # ruff: noqa: E402
 from tl_nodeprune import mib, toy, viz
+from tl_nodeprune.circuit.about import About
 from tl_nodeprune.circuit.circuit import Circuit
 from tl_nodeprune.circuit.scores import NodeScores
 from tl_nodeprune.evidence import crosscheck, hypotheses, known
@@ -32,7 +33,7 @@ from tl_nodeprune.search import Estimate, PaperObjective, PruneResult, Sweep, es
 
 __version__ = "0.1.0"
 __all__ = [
-    "GRANULARITIES", "Ablation", "Circuit", "Estimate", "Evaluation", "HardConcrete", "NodeMasks", "NodeScores", "PaperObjective",
+    "GRANULARITIES", "About", "Ablation", "Circuit", "Estimate", "Evaluation", "HardConcrete", "NodeMasks", "NodeScores", "PaperObjective",
     "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "crosscheck", "estimate", "evaluate", "hypotheses",
     "kl_divergence", "known", "mib", "prune", "rank", "remove_node_masks", "report", "sweep", "tasks", "toy", "viz",
 ]

@@ -155,6 +155,7 @@ def scores_of(world: World) -> dict[str, Tensor]:
 # a valid call of every public function: what is called, and its arguments by name
 CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "Ablation": lambda w: (tlnp.Ablation, {"name": "mean", "constants": {"blocks.0.hook_mlp_out": torch.zeros(3)}}),
+    "About": lambda w: (tlnp.About, {"kl": 0.1, "interval": (0.0, 0.2), "versions": {"torch": "2"}}),
     "Ablation.fit": lambda w: (tlnp.Ablation("mean").fit, {"model": w.model, "prompts": w.prompts, "hooks": ["blocks.0.hook_mlp_out"]}),
     "Circuit": lambda w: (tlnp.Circuit, {"space": w.circuit.space, "gates": {k: w.circuit.live(*k) for k in w.circuit.space.shapes}}),
     "Circuit.full": lambda w: (tlnp.Circuit.full, {"space": w.circuit.space}),
@@ -165,6 +166,7 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "Circuit.nodes": lambda w: (w.circuit.nodes, {"granularity": "head"}),
     "Circuit.at": lambda w: (w.circuit.at, {"granularities": "head"}),
     "Circuit.under": lambda w: (w.circuit.under, {"ablation": "zero"}),
+    "Circuit.with_about": lambda w: (w.circuit.with_about, {"about": tlnp.About(task="x")}),
     "Circuit.iou": lambda w: (w.circuit.iou, {"other": ~w.circuit}),
     "Circuit.check_fits": lambda w: (w.circuit.check_fits, {"model": w.model}),
     "Circuit.fwd_hooks": lambda w: (w.circuit.fwd_hooks, {"model": w.model, "prompts": w.prompts}),
@@ -290,13 +292,14 @@ NUMBERS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("exact_tests", "cache_bytes", "ties"), at_least_0),
     **dict.fromkeys(("alpha", "quantile"), share), **dict.fromkeys(("max_kl", "time_limit", "beta", "width", "max_loss"), positive),
     **dict.fromkeys(("lr", "lr_end", "warmup", "weight_decay", "max_grad_norm"), at_least_0),
-    "n_heads": lambda v: v >= 2, "seed": lambda v: 0 <= v < 1 << 63, "agreement": lambda v: 0 <= v <= 1, "lam": lambda v: 0 <= v <= 1,
+    "kl": math.isfinite, "accuracy": math.isfinite, "held_out": whole(0), "searched": whole(0), "n_heads": whole(2),
+    "seed": lambda v: 0 <= v < 1 << 63, "agreement": lambda v: 0 <= v <= 1, "lam": lambda v: 0 <= v <= 1,
     "tolerance": lambda v: 0 <= v <= 0.4, "hinge": math.isfinite, "share": share, "prompt": lambda v: -8 <= v < 8,
     "layer": lambda v: 0 <= v < 3, "layers": lambda v: -3 <= v < 3,
     "max_nodes": lambda v: v in (1, 2, 3), "size": lambda v: v in (0, 1, 2, 3, 1.0, 0.0), "gamma": lambda v: -math.inf < v < 0,
     "zeta": lambda v: v == 1.1, "open_score": lambda v: 2.5 <= v < math.inf, "closed_score": lambda v: -math.inf < v <= -3,
 }
-ANY_TEXT = ("task", "title", "path", "device", "checkpoint", "source", "notes")
+ANY_TEXT = ("task", "title", "path", "device", "checkpoint", "source", "notes", "budget", "loss", "model_name")
 # words that are right, where not any text is
 WORDS = {"granularity": ("head", "mlp_neuron"), "granularities": HEADS, "ablation": ("interchange", "mean", "zero", "optimal"),
          "name": (), "hook": (),
@@ -308,6 +311,7 @@ RIGHT: dict[tuple[str, str], tuple[str, ...]] = {
     ("Ablation", "constants"): ("{}",), ("PaperObjective", "weights"): ("{}",), ("NodeMasks.standing_in", "values"): ("{}",),
     ("hypotheses.minimality", "effects"): ("integers [2]",), ("StepGate", "open_score"): ("2.5", "1", "10**30"),
     ("StepGate", "closed_score"): ("-1", "0", "-0.5"), ("add_node_masks", "layers"): ("[1, 1]", "[-1]"),
+    ("About", "interval"): ("[1.5, 0.5]", "[1, 1]", "numpy [2]"), ("About", "versions"): ("{}",), ("About", "seed"): ("-1", "10**30"),
     ("estimate", "layers"): ("[1, 1]", "[-1]"), ("Circuit.at", "layers"): ("[1, 1]", "[-1]"),
     ("known.KnownCircuit", "name"): ("'x'", "''"), ("known.KnownCircuit", "mlps"): ("[]", "()", "[1, 1]"),
     ("known.KnownCircuit", "n_layers"): ("1",), ("known.KnownCircuit", "n_heads"): ("2",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tl_nodeprune.circuit import files
 from tl_nodeprune.circuit import format as circuit_files
+from tl_nodeprune.circuit.about import About
 from tl_nodeprune.circuit.view import carried, common, seen_at
 from tl_nodeprune.masks.ablation import Ablation, as_ablation
 from tl_nodeprune.nodes.attachment import Attachment, HookFn, find_attachment, ledger_of, temporary_hooks
@@ -37,7 +39,10 @@ class Circuit(Mapping[str, Tensor]):
     one.
     """
 
-    def __init__(self, space: NodeSpace, gates: Gates, ablation: Ablation = Ablation()) -> None:  # noqa: B008 (frozen)
+    about: About
+    """What is known of where it comes from; of circuits made out of others nothing."""
+
+    def __init__(self, space: NodeSpace, gates: Gates, ablation: Ablation = Ablation(), about: About = About()) -> None:  # noqa: B008 (frozen)
         check_types(Circuit.__init__, locals())
         if set(gates) != set(space.shapes):
             raise ValueError(f"gates are given for {len(gates)} tensors, the nodes have {len(space.shapes)}.")
@@ -48,7 +53,7 @@ class Circuit(Mapping[str, Tensor]):
                 raise ValueError(f"gates: {key.granularity} of layer {key.layer} is {tuple(gate.shape)}, expected {space.shapes[key]}.")
             if not ((gate == 0) | (gate == 1)).all():
                 raise ValueError(f"gates of {key.granularity} of layer {key.layer} hold other values than 0 (pruned) and 1 (kept).")
-        self.space, self.ablation = space, ablation.cpu()
+        self.space, self.ablation, self.about = space, ablation.cpu(), about
         self._live = settle(space, {key: gate.detach().cpu().bool() for key, gate in gates.items()})
         self._masks = {hook: combine(space, hook, self._live).float().contiguous() for hook in space.hooks}
 
@@ -207,6 +212,10 @@ class Circuit(Mapping[str, Tensor]):
         counts = ", ".join(f"{live}/{self.space.totals()[name]} {name}" for name, live in self.count().items())
         return f"Circuit({counts}; ablation={self.ablation.name!r})"
 
+    def __str__(self) -> str:
+        """In a line, then what is known about it."""
+        return "\n".join(filter(None, (repr(self), str(self.about))))
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Circuit) or set(self._live) != set(other._live):
             return False
@@ -264,6 +273,13 @@ class Circuit(Mapping[str, Tensor]):
         """The same nodes with another stand-in for the pruned ones; "mean" and "optimal" need an Ablation that is fitted."""
         check_types(Circuit.under, locals())
         return Circuit(self.space, self._live, as_ablation(ablation))
+
+    def with_about(self, about: About) -> Circuit:
+        """The same circuit, with something else known about it, as `circuit.with_about(replace(circuit.about, task="IOI"))`."""
+        check_types(Circuit.with_about, locals())
+        same = copy(self)
+        same.about = about
+        return same
 
     def iou(self, other: Circuit) -> float:
         """Intersection over union of the live leaf nodes, 0 to 1; 1 where both are empty."""
@@ -332,14 +348,18 @@ class Circuit(Mapping[str, Tensor]):
         self.check_fits(model)
         prompts.check_fits(model)
 
-    def save(self, path: str | Path) -> None:
-        """Write as safetensors: the gates, the ablation's constants, the nodes' description, and a checksum over all of it. All or nothing.
+    def save(self, path: str | Path, *, task: str = "", notes: str = "") -> None:
+        """Write as safetensors: the gates, the ablation's constants, the nodes' description, what is known about the circuit, and a
+        checksum over all of it. All or nothing. task, notes: what it is for, and what else a reader must know, in place of what `about`
+        has.
 
         Raises: OSError where the file cannot be written, FileNotFoundError where its folder does not exist, FileExistsError at a symbolic
-        link, a device or a pipe; ValueError for an empty name, or constants that are not finite or do not fit the nodes.
+        link, a device or a pipe; ValueError for an empty name, or constants that are not finite or do not fit the nodes, or text that is
+        too long.
         """
         check_types(Circuit.save, locals())
-        files.write(files.check_target(path), circuit_files.pack(self.space, self._live, self.ablation))
+        about = replace(self.about, task=task or self.about.task, notes=notes or self.about.notes)
+        files.write(files.check_target(path), circuit_files.pack(self.space, self._live, self.ablation, about))
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
