@@ -18,6 +18,7 @@ from tl_nodeprune.circuit.about import About
 from tl_nodeprune.circuit.circuit import Circuit
 from tl_nodeprune.circuit.scores import NodeScores
 from tl_nodeprune.evidence import crosscheck, hypotheses, known
+from tl_nodeprune.evidence.compare import Comparison, compare
 from tl_nodeprune.evidence.evaluation import Evaluation, evaluate
 from tl_nodeprune.evidence.report import report
 from tl_nodeprune.evidence.reporting import Report
@@ -33,9 +34,10 @@ from tl_nodeprune.search import Estimate, PaperObjective, PruneResult, Sweep, es
 
 __version__ = "0.1.0"
 __all__ = [
-    "GRANULARITIES", "About", "Ablation", "Circuit", "Estimate", "Evaluation", "HardConcrete", "NodeMasks", "NodeScores", "PaperObjective",
-    "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "crosscheck", "estimate", "evaluate", "hypotheses",
-    "kl_divergence", "known", "mib", "prune", "rank", "remove_node_masks", "report", "sweep", "tasks", "toy", "viz",
+    "GRANULARITIES", "About", "Ablation", "Circuit", "Comparison", "Estimate", "Evaluation", "HardConcrete", "NodeMasks", "NodeScores",
+    "PaperObjective", "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "compare", "crosscheck", "estimate",
+    "evaluate", "hypotheses", "kl_divergence", "known", "mib", "prune", "rank", "remove_node_masks", "report", "sweep", "tasks", "toy",
+    "viz",
 ]
 
 

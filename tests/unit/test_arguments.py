@@ -38,7 +38,8 @@ CLASSES = (tlnp.Ablation, tlnp.Circuit, tlnp.HardConcrete, tlnp.NodeMasks, tlnp.
            tlnp.known.KnownCircuit)
 # what the library itself makes, and what is called by it alone, each step
 NOT_CALLED_BY_USERS = {
-    *("Estimate", "Evaluation", "PruneResult", "Report", "Sweep", "crosscheck.Agreement", "crosscheck.Effects", "crosscheck.NodeScore",
+    *("Comparison", "Estimate", "Evaluation", "PruneResult", "Report", "Sweep"),
+    *("crosscheck.Agreement", "crosscheck.Effects", "crosscheck.NodeScore",
       "crosscheck.GranularityAgreement", "hypotheses.HypothesisTest", "mib.FaithfulnessCurve"),
     *(f"{gate}.{name}" for gate in ("HardConcrete", "StepGate") for name in ("value", "sample", "probability", "kept")),
     "PaperObjective.train", "PaperObjective.sparsity", "Circuit.hooks_on", "Ablation.values", "PromptPairs.check_corrupted"}
@@ -209,6 +210,7 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "Sweep.consensus": lambda w: (w.sweep.consensus, {"max_kl": 0.05}),
     "add_node_masks": lambda w: (attached_for_a_while(tlnp.add_node_masks), {"model": w.model, "granularities": ["head"], "layers": [0]}),
     "remove_node_masks": lambda w: (lambda model: (tlnp.remove_node_masks(model), w.masks.attach(model)), {"model": w.masks.model}),
+    "compare": lambda w: (tlnp.compare, {"circuits": {"a": w.circuit, "b": ~w.circuit}, "model": w.model, "prompts": {"a": w.prompts}}),
     "crosscheck.Agreement.of": lambda w: (w.agreement.of, {"granularity": "head"}),
     "crosscheck.Effects.of": lambda w: (w.effects.of, {"granularity": "head"}),
     "crosscheck.activation_patching": lambda w: (tlnp.crosscheck.activation_patching,
@@ -303,7 +305,7 @@ ANY_TEXT = ("task", "title", "path", "device", "checkpoint", "source", "notes", 
 # words that are right, where not any text is
 WORDS = {"granularity": ("head", "mlp_neuron"), "granularities": HEADS, "ablation": ("interchange", "mean", "zero", "optimal"),
          "name": (), "hook": (),
-         "direction": ("denoise", "noise"), "units": ("block", "node"), "level": ("node", "neuron"),
+         "direction": ("denoise", "noise"), "units": ("block", "node"), "level": ("node", "neuron", "head"),
          "task": ("ioi", "gendered_pronoun", "greater_than"),
          "model_class": ("TransformerBridge", "HookedTransformer")}
 # values that are right although the table says otherwise: function and argument, and which
@@ -312,7 +314,7 @@ RIGHT: dict[tuple[str, str], tuple[str, ...]] = {
     ("hypotheses.minimality", "effects"): ("integers [2]",), ("StepGate", "open_score"): ("2.5", "1", "10**30"),
     ("StepGate", "closed_score"): ("-1", "0", "-0.5"), ("add_node_masks", "layers"): ("[1, 1]", "[-1]"),
     ("About", "interval"): ("[1.5, 0.5]", "[1, 1]", "numpy [2]"), ("About", "versions"): ("{}",), ("About", "seed"): ("-1", "10**30"),
-    ("estimate", "layers"): ("[1, 1]", "[-1]"), ("Circuit.at", "layers"): ("[1, 1]", "[-1]"),
+    ("compare", "model"): ("None",), ("estimate", "layers"): ("[1, 1]", "[-1]"), ("Circuit.at", "layers"): ("[1, 1]", "[-1]"),
     ("known.KnownCircuit", "name"): ("'x'", "''"), ("known.KnownCircuit", "mlps"): ("[]", "()", "[1, 1]"),
     ("known.KnownCircuit", "n_layers"): ("1",), ("known.KnownCircuit", "n_heads"): ("2",),
     ("sweep", "max_kl"): ("[1.5, 0.5]", "[99]", "numpy [2]"), ("sweep", "seeds"): ("[99]",),
@@ -399,7 +401,7 @@ def real(kind: Any) -> Any:
 DOCUMENTED = (FloatingPointError, KeyError, OSError)
 CALLED = {"granularities": "granularit", "nodes": "nodes|granularity", "layers": "layer", "wrong_answers": "wrong_answer",
           "answers": "answer", "constants": "constant", "name": "name|ablation|verdict", "hooks": "hook", "gates": "gates|scores",
-          "seeds": "seed", "circuit_a": "circuit", "circuit_b": "circuit"}
+          "level": "level|granularit", "seeds": "seed", "circuit_a": "circuit", "circuit_b": "circuit"}
 
 
 def test_every_public_function_is_in_the_table() -> None:

@@ -49,9 +49,10 @@ def carried(ablation: Ablation, space: NodeSpace, live: Gates) -> Ablation:
 
 def common(a: NodeSpace, b: NodeSpace) -> tuple[str, ...]:
     """The finest granularities whose nodes both tell apart: gated themselves, or all below them is."""
-    both = [name for name in GRANULARITIES if _tells_apart(a, name) and _tells_apart(b, name)]
+    both = [name for name in GRANULARITIES if tells_apart(a, name) and tells_apart(b, name)]
     return tuple(name for name in both if not any(PARENTS.get(other) == name for other in both))
 
 
-def _tells_apart(space: NodeSpace, granularity: str) -> bool:
+def tells_apart(space: NodeSpace, granularity: str) -> bool:
+    """Whether circuits over these nodes may keep one of a granularity and cut another: gates there, or of all below."""
     return any(key in space.shapes or space.covered(key) for key in space.present if key.granularity == granularity)

@@ -135,7 +135,7 @@ def overlap(circuit: Circuit, known: KnownCircuit) -> pd.DataFrame:
     if not {"head", "attn_neuron"} & set(circuit.space.granularities):
         raise ValueError(f"circuit gates {', '.join(circuit.space.granularities)}: no heads, so it keeps or cuts a layer's all together.")
     layers = sorted({key.layer for key in circuit.space.shapes if key.granularity in ("head", "attn_neuron")})
-    kept, gated = set(circuit.at("head", layers=layers).nodes("head")), known.n_heads * len(layers)
+    kept, gated = set(circuit.under("zero").at("head", layers=layers).nodes("head")), known.n_heads * len(layers)
     rows = {}
     for role, heads in {**known.roles, "all heads": known.heads}.items():
         there = {head for head in heads if head[0] in layers}

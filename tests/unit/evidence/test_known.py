@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from itertools import combinations
 from typing import Any
 
@@ -100,7 +99,9 @@ def test_overlap_of_fine_circuits_of_few_layers_and_of_none(toy: Toy) -> None:
 
 def test_random_circuits_are_rarely_far_from_chance(small_gpt2: Any) -> None:
     """The negative control: p below .05 for at most 5 % of random lists of heads."""
-    rng, everyone = random.Random(0), [(layer, head) for layer in range(12) for head in range(12)]
-    found = [tlnp.known.overlap(tlnp.Circuit.from_nodes(small_gpt2, {"head": rng.sample(everyone, 20)}), tlnp.known.ioi_gpt2())
-             .loc["all heads", "p_value"] for _ in range(60)]
-    assert sum(p < 0.05 for p in found) <= 6
+    space, generator, found = find_nodes(small_gpt2).restrict("head"), torch.Generator().manual_seed(0), []
+    for _ in range(100):
+        kept = (torch.randperm(144, generator=generator) < 20).view(12, 12)
+        circuit = tlnp.Circuit(space, {key: kept[key.layer] for key in space.shapes})
+        found.append(tlnp.known.overlap(circuit, tlnp.known.ioi_gpt2()).loc["all heads", "p_value"])
+    assert sum(p < 0.05 for p in found) <= 9
