@@ -213,6 +213,7 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "compare": lambda w: (tlnp.compare, {"circuits": {"a": w.circuit, "b": ~w.circuit}, "model": w.model, "prompts": {"a": w.prompts}}),
     "crosscheck.Agreement.of": lambda w: (w.agreement.of, {"granularity": "head"}),
     "crosscheck.Effects.of": lambda w: (w.effects.of, {"granularity": "head"}),
+    "crosscheck.Effects.to_patching_result": lambda w: (w.effects.to_patching_result, {"granularity": "head"}),
     "crosscheck.activation_patching": lambda w: (tlnp.crosscheck.activation_patching,
                                                  {"model": w.model, "prompts": w.prompts, "granularities": ["mlp"], "progress": False}),
     "crosscheck.attribution_patching": lambda w: (tlnp.crosscheck.attribution_patching,
