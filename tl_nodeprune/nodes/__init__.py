@@ -7,6 +7,7 @@ hooks         what a hook does: keep an activation, mix in a stand-in, apply a m
 attachment    puts hooks on a model and takes them off again, whatever happens in between
 scope         a `with` block that ends even where an interrupt strikes
 checks        arguments of a wrong type or value, named in words
+figures       numbers as they are printed
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tl_nodeprune.nodes.checks import (
     check_several,
     check_types,
 )
+from tl_nodeprune.nodes.figures import figures
 from tl_nodeprune.nodes.hooks import answer_logits, capture, capture_nodes, mask_hooks
 from tl_nodeprune.nodes.probe import can_slice, check_causal, check_ready, device_of, find_nodes, model_name, peak_memory, rounding
 from tl_nodeprune.nodes.scope import Exit, Scope, Scoped
@@ -51,6 +53,6 @@ __all__ = [
     "answer_logits", "any_below", "can_slice", "capture", "capture_nodes", "check_agreement", "check_causal", "check_counts",
     "check_finite", "check_granularities", "check_layers", "check_level", "check_list", "check_logits", "check_model", "check_node",
     "check_number", "check_ready", "check_seed", "check_several", "check_types", "combine", "count_parameters", "device_of",
-    "find_attachment", "find_nodes", "inactive", "ledger_of", "mask_hooks", "model_name", "node_name", "peak_memory", "rounding",
+    "figures", "find_attachment", "find_nodes", "inactive", "ledger_of", "mask_hooks", "model_name", "node_name", "peak_memory", "rounding",
     "settle", "spread", "temporary_hooks",
 ]
