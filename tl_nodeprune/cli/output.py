@@ -6,9 +6,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from numbers import Real
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 from rich.console import Console
@@ -61,7 +61,8 @@ def print_table(table: pd.DataFrame, looks: Mapping[str, str] | None = None) -> 
 def _cell(value: Any, look: str | None) -> str:
     if isinstance(value, float) and math.isnan(value):
         return ""
-    return look.format(value) if look else figures(value) if isinstance(value, Real) else str(value)
+    number = value.item() if isinstance(value, np.number) else value
+    return look.format(value) if look else figures(number) if isinstance(number, int | float) else str(value)
 
 
 def _frontier(result: PruneResult) -> None:

@@ -27,7 +27,7 @@ from tl_nodeprune.nodes.checks import (
     check_several,
     check_types,
 )
-from tl_nodeprune.nodes.figures import figures
+from tl_nodeprune.nodes.figures import Figured, figures
 from tl_nodeprune.nodes.hooks import answer_logits, capture, capture_nodes, mask_hooks
 from tl_nodeprune.nodes.probe import can_slice, check_causal, check_ready, device_of, find_nodes, model_name, peak_memory, rounding
 from tl_nodeprune.nodes.scope import Exit, Scope, Scoped
@@ -49,7 +49,7 @@ from tl_nodeprune.nodes.space import (
 )
 
 __all__ = [
-    "GRANULARITIES", "HOOKS", "PARENTS", "Attachment", "Exit", "GateKey", "Gates", "HookFn", "NodeSpace", "Scope", "Scoped",
+    "GRANULARITIES", "HOOKS", "PARENTS", "Attachment", "Exit", "Figured", "GateKey", "Gates", "HookFn", "NodeSpace", "Scope", "Scoped",
     "answer_logits", "any_below", "can_slice", "capture", "capture_nodes", "check_agreement", "check_causal", "check_counts",
     "check_finite", "check_granularities", "check_layers", "check_level", "check_list", "check_logits", "check_model", "check_node",
     "check_number", "check_ready", "check_seed", "check_several", "check_types", "combine", "count_parameters", "device_of",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from numbers import Integral
+from typing import Any
 
 FIGURES = 3
 
@@ -13,3 +15,17 @@ def figures(value: float) -> str:
         return f"{int(value):,}"
     rounded = float(f"{float(value):.{FIGURES}g}")
     return f"{rounded:,.0f}" if 1000 <= abs(rounded) < 1e6 else f"{rounded:.{FIGURES}g}"
+
+
+class Figured:
+    """A dataclass that prints as dataclasses do (write `repr=False`), its numbers to three figures."""
+
+    def __repr__(self) -> str:
+        shown = [f"{f.name}={_shown(getattr(self, f.name))}" for f in fields(self) if f.repr]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))}{',' * (len(value) == 1)})"
+    return figures(value) if isinstance(value, float) else repr(value)

@@ -9,7 +9,7 @@ from torch import nn
 
 from tl_nodeprune.circuit import NodeScores
 from tl_nodeprune.masks import Ablation, Landscape, LossFn, NodeMasks, distance, kl_divergence
-from tl_nodeprune.nodes import check_seed, check_types
+from tl_nodeprune.nodes import check_seed, check_types, figures
 from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.search.attached import on_model
 from tl_nodeprune.search.budget import Budget
@@ -55,5 +55,5 @@ def _check_varies(landscape: Landscape) -> None:
     ends = torch.stack([torch.ones(landscape.n, dtype=torch.float32), torch.zeros(landscape.n, dtype=torch.float32)])
     full, ablated = landscape.losses(ends, torch.arange(landscape.n_prompts)).loss.mean(-1).tolist()
     if abs(full - ablated) <= 1e-6 * max(abs(full), abs(ablated)):
-        raise ValueError(f"the loss is constant: {full:.4g} for the full model and {ablated:.4g} with every node ablated, so no node is "
-                         "better than another. Are these the right corrupted prompts?")
+        raise ValueError(f"the loss is constant: {figures(full)} for the full model and {figures(ablated)} with every node ablated, so no "
+                         "node is better than another. Are these the right corrupted prompts?")

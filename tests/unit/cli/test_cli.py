@@ -93,7 +93,7 @@ def test_prune_writes_both_files(toy: Toy, tmp_path: Path, capsys: pytest.Captur
     assert {"circuit", "full", "ablated"} <= set(report["held_out"])
     said = capsys.readouterr()
     first, verdict = said.out.split("\n\n")[1].split("\n")[:2]
-    assert first.startswith(f"KL {report['kl']:.4f} nats on {report['settings']['held_out']} prompts held out")
+    assert first.startswith(f"KL {report['kl']:.3g} nats on {report['settings']['held_out']} prompts held out")
     assert verdict.startswith("Untested: ") and "too few to tell" in verdict and "give" in verdict and "UserWarning" not in said.err
     assert "KL held out" in said.out and "leaf nodes" in said.out
 
