@@ -114,6 +114,7 @@ class Case:
 
     def __init__(self, seed: int, right: float, folder: Path, small: Path, circuits: Path) -> None:
         self.right, self.draw, self.folder, self.small, self.circuits = right, random.Random(seed), folder, small, circuits
+        self.output()  # makes the pipe and the link
         others = self.one("show", "evaluate", "report", "rank", "compare")
         command = self.mostly("prune" if seed % 3 else others, "demo", "", "--help", self.junk())
         words = [command]
