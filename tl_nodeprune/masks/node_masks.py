@@ -109,7 +109,8 @@ class NodeMasks(nn.Module):
         for key, shape in self.space.shapes.items():
             if have.get(key) != shape:
                 raise ValueError(f"these masks gate {key.hook} with {key.granularity} nodes {list(shape)}, the circuit has "
-                                 f"{list(have[key]) if key in have else 'none there'}.")
+                                 f"{list(have[key]) if key in have else 'none there'}; of other granularities give "
+                                 f"circuit.at({list(self.space.granularities)}).")
         with torch.no_grad():
             for key in self.space.shapes:
                 score, live = self.score(key), circuit.live(*key).to(self.score(key).device)
