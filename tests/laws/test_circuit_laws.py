@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from circuits import circuit_logits, random_circuit
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit.circuit import circuit_logits
 from tl_nodeprune.nodes.hooks import capture
 from tl_nodeprune.nodes.probe import find_nodes
 
@@ -19,16 +19,11 @@ SUBSETS = [None, ("layer",), ("head", "mlp"), ("attn", "head"), ("attn", "attn_n
            ("mlp", "mlp_neuron", "mlp_out"), ("layer", "attn", "mlp"), ("layer", "head", "mlp_neuron")]
 
 
-def random_circuit(space: Any, seed: int, share: float = 0.7) -> tlnp.Circuit:
-    generator = torch.Generator().manual_seed(seed)
-    return tlnp.Circuit(space, {key: torch.rand(shape, generator=generator) < share for key, shape in space.shapes.items()})
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("granularities", SUBSETS)
 def test_complement_and_joins(toy: Toy, granularities: Any, seed: int) -> None:
     space = find_nodes(toy[0]).restrict(granularities)
-    c, d = random_circuit(space, seed), random_circuit(space, seed + 10, 0.4)
+    c, d = random_circuit(space, seed, 0.7), random_circuit(space, seed + 10, 0.4)
     full, empty = tlnp.Circuit.full(space), tlnp.Circuit.empty(space)
     assert ~~c == c
     assert (c & ~c) == empty and (c & ~c).size == 0
@@ -99,7 +94,7 @@ def test_save_then_load_is_the_same(toy: Toy, tmp_path: Path, ablation: str) -> 
     model, prompts = toy
     space = find_nodes(model).restrict(None, layers=[0, -1])
     fitted = tlnp.Ablation(ablation).fit(model, prompts, space.hooks)
-    c = tlnp.Circuit(space, random_circuit(space, 2)._live, fitted)
+    c = tlnp.Circuit(space, random_circuit(space, 2, 0.7)._live, fitted)
     c.save(tmp_path / "c.safetensors")
     back = tlnp.Circuit.load(tmp_path / "c.safetensors")
     assert back == c and back.space == c.space and back.ablation.name == ablation and list(back) == list(c)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import pydantic
 
-from tl_nodeprune.nodes.checks import check_counts, check_types
+from tl_nodeprune.nodes import check_counts, check_types
 
 _PACKAGES = ("tl_nodeprune", "transformer_lens", "torch")
 _Text = Annotated[str, pydantic.Field(max_length=100_000)]

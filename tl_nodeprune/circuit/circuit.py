@@ -17,14 +17,29 @@ from tl_nodeprune.circuit import files
 from tl_nodeprune.circuit import format as circuit_files
 from tl_nodeprune.circuit.about import About
 from tl_nodeprune.circuit.view import carried, common, seen_at
-from tl_nodeprune.masks.ablation import Ablation, as_ablation
-from tl_nodeprune.nodes.attachment import Attachment, HookFn, find_attachment, ledger_of, temporary_hooks
-from tl_nodeprune.nodes.checks import check_list, check_node, check_types
-from tl_nodeprune.nodes.hooks import answer_logits, mask_hooks
-from tl_nodeprune.nodes.probe import check_ready, find_nodes
-from tl_nodeprune.nodes.scope import Scope
-from tl_nodeprune.nodes.space import HOOKS, GateKey, Gates, NodeSpace, combine, count_parameters, node_name, settle
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.masks import Ablation, as_ablation
+from tl_nodeprune.nodes import (
+    HOOKS,
+    Attachment,
+    GateKey,
+    Gates,
+    HookFn,
+    NodeSpace,
+    Scope,
+    check_list,
+    check_node,
+    check_ready,
+    check_types,
+    combine,
+    count_parameters,
+    find_attachment,
+    find_nodes,
+    ledger_of,
+    mask_hooks,
+    node_name,
+    settle,
+)
+from tl_nodeprune.prompts import PromptPairs
 
 
 class Circuit(Mapping[str, Tensor]):
@@ -376,19 +391,3 @@ class Circuit(Mapping[str, Tensor]):
         """
         check_types(Circuit.load, locals())
         return cls(*circuit_files.unpack(files.as_path(path)))
-
-
-def circuit_logits(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: int = 64) -> Tensor:
-    """The circuit's logits at the answer positions: [batch d_vocab], float32."""
-    logits = []
-    for batch in prompts.batches(batch_size):
-        with torch.no_grad(), temporary_hooks(model, circuit.hooks_on(model, batch)):
-            logits.append(full_logits(model, batch, of="the circuit"))
-    return torch.cat(logits)
-
-
-def full_logits(model: Any, prompts: PromptPairs, *, of: str = "the full model") -> Tensor:
-    """The model's logits at the answer positions, as it is: [batch d_vocab], float32. One forward, no gradient."""
-    assert prompts.answer_positions is not None
-    with torch.no_grad():
-        return answer_logits(model, prompts.clean, prompts.answer_positions, sliced=False, of=of)

@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.nodes.space import GateKey, NodeSpace, spread
+from tl_nodeprune.nodes import GateKey, NodeSpace, check_types, spread
 
 _AXES = {"head": ("head",), "attn_neuron": ("head", "d_head"), "mlp_neuron": ("d_mlp",), "mlp_out": ("d_model",)}
 DIRECTIONS: tuple[str, ...] = ("denoise", "noise")

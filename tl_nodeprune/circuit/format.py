@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.circuit.about import About
-from tl_nodeprune.masks.ablation import ABLATIONS, Ablation
-from tl_nodeprune.nodes.space import GRANULARITIES, GateKey, Gates, NodeSpace
+from tl_nodeprune.masks import ABLATIONS, Ablation
+from tl_nodeprune.nodes import GRANULARITIES, GateKey, Gates, NodeSpace
 
 _FORMAT, _OLDER = "tl_nodeprune.circuit/2", "tl_nodeprune.circuit/1"
 _BLANK = "0" * 64

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tl_nodeprune.masks.ablation import Ablation
-from tl_nodeprune.nodes.space import GRANULARITIES, PARENTS, GateKey, Gates, NodeSpace, any_below, check_granularities, check_layers, spread
+from tl_nodeprune.masks import Ablation
+from tl_nodeprune.nodes import GRANULARITIES, PARENTS, GateKey, Gates, NodeSpace, any_below, check_granularities, check_layers, spread
 
 
 def seen_at(space: NodeSpace, live: Gates, granularities: str | Iterable[str], layers: int | Iterable[int] | None

@@ -14,20 +14,14 @@ import torch
 import transformers
 
 from tl_nodeprune import toy
-from tl_nodeprune.circuit import files
-from tl_nodeprune.circuit.circuit import Circuit
+from tl_nodeprune.circuit import Circuit, evaluate, files
 from tl_nodeprune.cli import shell
 from tl_nodeprune.cli.output import VERDICTS, as_json, show
-from tl_nodeprune.evidence.crosscheck import COARSE, activation_patching
-from tl_nodeprune.evidence.evaluation import evaluate
-from tl_nodeprune.masks.ablation import as_ablation
-from tl_nodeprune.masks.node_masks import add_node_masks
-from tl_nodeprune.nodes.checks import check_agreement, check_counts
-from tl_nodeprune.nodes.space import GRANULARITIES, check_granularities
-from tl_nodeprune.prompts import tasks
-from tl_nodeprune.prompts.pairs import PromptPairs
-from tl_nodeprune.search import PruneResult
-from tl_nodeprune.search.checkpoint import NAME as CHECKPOINT
+from tl_nodeprune.evidence import COARSE, activation_patching
+from tl_nodeprune.masks import add_node_masks, as_ablation
+from tl_nodeprune.nodes import GRANULARITIES, check_agreement, check_counts, check_granularities
+from tl_nodeprune.prompts import PromptPairs, tasks
+from tl_nodeprune.search import CHECKPOINT, PruneResult
 from tl_nodeprune.viz import overview, save_html
 
 _CIRCUIT, _REPORT = "circuit.safetensors", "report.json"

@@ -11,11 +11,8 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.effects import Effects
-from tl_nodeprune.circuit.view import common
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.nodes.space import GateKey, node_name, spread
+from tl_nodeprune.circuit import Circuit, Effects, common
+from tl_nodeprune.nodes import GateKey, check_types, node_name, spread
 
 _SHOWN, _FLOOR = 8, 1e-3
 

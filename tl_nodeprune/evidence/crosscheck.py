@@ -13,17 +13,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens import patching
 
-from tl_nodeprune.circuit.effects import DIRECTIONS, Effects
+from tl_nodeprune.circuit import DIRECTIONS, Effects
 from tl_nodeprune.evidence.agreement import Agreement, GranularityAgreement, NodeScore, agreement
-from tl_nodeprune.masks.losses import LossFn
-from tl_nodeprune.masks.node_masks import masks_off
-from tl_nodeprune.masks.reference import positions
-from tl_nodeprune.nodes.attachment import temporary_hooks
-from tl_nodeprune.nodes.checks import check_counts, check_finite, check_types
-from tl_nodeprune.nodes.hooks import answer_logits, capture_nodes, mask_hooks
-from tl_nodeprune.nodes.probe import can_slice, check_ready, device_of, find_nodes
-from tl_nodeprune.nodes.space import GateKey, NodeSpace
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.masks import LossFn, masks_off
+from tl_nodeprune.nodes import (
+    GateKey,
+    NodeSpace,
+    answer_logits,
+    can_slice,
+    capture_nodes,
+    check_counts,
+    check_finite,
+    check_ready,
+    check_types,
+    device_of,
+    find_nodes,
+    mask_hooks,
+    temporary_hooks,
+)
+from tl_nodeprune.prompts import PromptPairs, positions
 
 __all__ = [
     "COARSE", "Agreement", "Effects", "GranularityAgreement", "NodeScore", "activation_patching", "agreement", "attribution_patching",

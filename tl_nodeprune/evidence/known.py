@@ -10,11 +10,9 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.masks.ablation import Ablation
-from tl_nodeprune.nodes.checks import check_counts, check_list, check_node, check_types
-from tl_nodeprune.nodes.probe import find_nodes
-from tl_nodeprune.nodes.space import GateKey, NodeSpace
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.masks import Ablation
+from tl_nodeprune.nodes import GateKey, NodeSpace, check_counts, check_list, check_node, check_types, find_nodes
 
 __all__ = ["KnownCircuit", "docstring_attn_only_4l", "greater_than_gpt2", "induction_gpt2", "ioi_gpt2", "overlap"]
 

@@ -10,15 +10,10 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 import torch
 
-from tl_nodeprune.circuit.about import figure, versions
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.scores import NodeScores
-from tl_nodeprune.masks.losses import kl_divergence
-from tl_nodeprune.masks.node_masks import NodeMasks
-from tl_nodeprune.nodes.checks import check_counts, check_types
-from tl_nodeprune.nodes.probe import peak_memory
-from tl_nodeprune.prompts.pairs import PromptPairs
-from tl_nodeprune.prompts.preference import FEWEST, SIGNIFICANT
+from tl_nodeprune.circuit import Circuit, NodeScores, figure, leaves_of, set_to, versions
+from tl_nodeprune.masks import NodeMasks, kl_divergence
+from tl_nodeprune.nodes import check_counts, check_types, peak_memory
+from tl_nodeprune.prompts import FEWEST, SIGNIFICANT, PromptPairs
 from tl_nodeprune.search.budget import Budget, budget_of
 from tl_nodeprune.search.cut import smallest
 from tl_nodeprune.search.held_out import ENOUGH, HeldOut
@@ -137,7 +132,7 @@ def found(run: Run, start: Circuit | None, exact_tests: int, frontier: pd.DataFr
     """The budget's circuit from a run that is trained."""
     budget = run.budget
     table = run.frontier() if frontier is None and budget.limits is None else pd.DataFrame() if frontier is None else frontier
-    kept, tests = smallest(run, table, None if start is None else run.landscape.flat(start), exact_tests)
+    kept, tests = smallest(run, table, None if start is None else leaves_of(start).to(run.landscape.device), exact_tests)
     (held,) = run.judge([kept], most=None)
     run.masks.ablation = run.landscape.with_coarse(run.landscape.ablation_now())
     circuit = Circuit(run.masks.space, run.landscape.gates(kept.float()), run.masks.ablation)
@@ -156,7 +151,7 @@ def found(run: Run, start: Circuit | None, exact_tests: int, frontier: pd.DataFr
 
 def told(masks: NodeMasks, found: PruneResult, budget: Budget, *, objective: bool, stacklevel: int) -> PruneResult:
     """Leave the masks at the circuit, and warn of what is wrong with it."""
-    masks.set_to(found.circuit)
+    set_to(masks, found.circuit)
     if problem := "" if objective else _problem(found, budget):
         warnings.warn(problem, stacklevel=stacklevel)
     return found
@@ -193,3 +188,13 @@ def _finished(result: PruneResult, masks: NodeMasks, budget: Budget, *, exact_te
 
 def _different(prompts: PromptPairs | None) -> int:
     return int(prompts.distinct().max()) + 1 if prompts is not None else 0
+
+
+def held_out_sentence(result: PruneResult) -> str:
+    """What a result says of its circuit on prompts held out, then on those searched."""
+    unit, (low, high) = " nats" if result.loss == "KL" else "", result.interval
+    aside, n = "" if result.held_out is None else f" {len(result.held_out)}", "" if result.searched is None else f" {len(result.searched)}"
+    sure = "" if math.isnan(low) else f" (90 % interval {low:.4f} to {high:.4f})"
+    right = "" if math.isnan(result.accuracy) else f", {result.accuracy:.0%} answered right"
+    return (f"{result.loss} {result.kl:.4f}{unit} on{aside} prompts held out{sure}{right}; {result.search_kl:.4f} on the{n} prompts "
+            "searched.")

@@ -6,18 +6,17 @@ from typing import Any
 
 import pandas as pd
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.evidence.evaluation import evaluate
-from tl_nodeprune.evidence.reporting import Report
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.prompts.pairs import PromptPairs
-from tl_nodeprune.search import PruneResult
+from tl_nodeprune.circuit import Circuit, evaluate
+from tl_nodeprune.evidence import Report
+from tl_nodeprune.nodes import check_types
+from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.search import PruneResult, held_out_sentence
 from tl_nodeprune.viz.curves import agreement, frontier, history
 from tl_nodeprune.viz.graph import circuit_graph
 from tl_nodeprune.viz.maps import mask_map, neuron_map
 from tl_nodeprune.viz.page import Item
 from tl_nodeprune.viz.tokens import kept_heads, kept_neurons, token_effects
-from tl_nodeprune.viz.values import NEURONS, HasCircuit, Values, check_values, circuit_of, held_out, node_table, state
+from tl_nodeprune.viz.values import NEURONS, HasCircuit, Values, check_values, circuit_of, node_table, state
 
 _MOST_ROWS = 50_000
 
@@ -39,7 +38,7 @@ def overview(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, task: str
     check_values(circuit, effects, "effects")
     report = evaluate(model, circuit, prompts)
     of: dict[str, Any] = {"task": task, "scores": scores, "effects": effects}
-    found_out = [f"{held_out(found)} {state(found).capitalize()}."] if isinstance(found, PruneResult) else []
+    found_out = [f"{held_out_sentence(found)} {state(found).capitalize()}."] if isinstance(found, PruneResult) else []
     items: list[Item] = [_summary(circuit, task), *found_out,
                          f"On {report.n_prompts} prompts, {report.ablation} ablation:", report.to_frame(),
                          "Live nodes by layer:", circuit.summary(), mask_map(circuit, **of)]

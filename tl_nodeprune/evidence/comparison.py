@@ -12,12 +12,9 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.view import tells_apart
-from tl_nodeprune.evidence.evaluation import evaluate
-from tl_nodeprune.nodes.checks import check_model, check_types
-from tl_nodeprune.nodes.space import node_name
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.circuit import Circuit, evaluate, tells_apart
+from tl_nodeprune.nodes import check_model, check_types, node_name
+from tl_nodeprune.prompts import PromptPairs
 
 _SHOWN = 12
 _COLUMNS = ("node", "granularity", "layer", "index", "kept_by")
