@@ -1,6 +1,8 @@
 """The result: a circuit, its file, its size, its faithfulness; and scores and effects of nodes, in a circuit's own keys.
 
 circuit     Circuit: a mapping from hook name to mask, with the ablation that it was found under
+view        a circuit seen at other granularities
+about       where a circuit comes from and what was measured of it
 conversion  from trained masks to a circuit and back
 evaluation  how faithful a circuit is, beside the full and the ablated model
 scores      NodeScores: an order of all nodes, whose best k are a circuit
