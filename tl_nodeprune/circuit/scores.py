@@ -36,6 +36,7 @@ class NodeScores(Mapping[str, Tensor]):
 
     def __post_init__(self) -> None:
         check_types(NodeScores, vars(self))
+        self.ablation.check_fits(self.space)
         gates = {}
         for key in self.space.free():
             if key in self.gates and not isinstance(self.gates[key], Tensor):

@@ -22,7 +22,7 @@ from tl_nodeprune.evidence.crosscheck import COARSE, activation_patching
 from tl_nodeprune.evidence.evaluation import evaluate
 from tl_nodeprune.masks.ablation import as_ablation
 from tl_nodeprune.masks.node_masks import add_node_masks
-from tl_nodeprune.nodes.checks import check_agreement, check_counts
+from tl_nodeprune.nodes.checks import check_agreement, check_counts, check_device
 from tl_nodeprune.nodes.space import GRANULARITIES, check_granularities
 from tl_nodeprune.prompts import tasks
 from tl_nodeprune.prompts.pairs import PromptPairs
@@ -246,10 +246,7 @@ def _prompts(args: argparse.Namespace, model: Any) -> PromptPairs:
 def load_model(name: str, device: str, dtype: str = "float32", *, trust_remote_code: bool = False) -> Any:
     """A model by its Hugging Face name or folder, or the embedded one for "toy". Raises ValueError for a device that cannot be used, and a
     model that cannot be loaded."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"--device {device!r} cannot be used here, 'cpu' can: {error}") from error
+    check_device("--device", device)
     if name == "toy":
         return toy.load(n=1)[0].to(device).to(_DTYPES[dtype])
     from transformer_lens.model_bridge import TransformerBridge

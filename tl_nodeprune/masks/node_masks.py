@@ -13,7 +13,7 @@ from tl_nodeprune.circuit.circuit import Circuit
 from tl_nodeprune.masks.ablation import Ablation, as_ablation
 from tl_nodeprune.masks.gates import Gate, HardConcrete
 from tl_nodeprune.nodes.attachment import Attachment, find_attachment, inactive, ledger_of
-from tl_nodeprune.nodes.checks import check_types
+from tl_nodeprune.nodes.checks import check_device, check_types
 from tl_nodeprune.nodes.hooks import mask_hooks
 from tl_nodeprune.nodes.probe import check_ready, device_of, find_nodes
 from tl_nodeprune.nodes.scope import Scope, Scoped
@@ -34,9 +34,12 @@ class NodeMasks(nn.Module):
     def __init__(self, space: NodeSpace, *, ablation: str | Ablation = "interchange", gate: Gate | None = None,
                  device: torch.device | str | None = None) -> None:
         check_types(NodeMasks.__init__, locals())
+        if device is not None:
+            check_device("device", device)
         super().__init__()
         self.space, self.gate = space, gate or HardConcrete()
         self.ablation = self.asked_ablation = as_ablation(ablation)  # the second stays as asked for, not fitted to any prompts here
+        self.ablation.check_fits(space)
         self._hooks = frozenset(space.hooks)
         self.scores = nn.ParameterDict({
             _name(key): nn.Parameter(torch.full(shape, self.gate.open_score, device=device, dtype=torch.float32))

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from tl_nodeprune.circuit import files
 from tl_nodeprune.circuit.scores import NodeScores
-from tl_nodeprune.nodes.checks import check_types
+from tl_nodeprune.nodes.checks import check_types, reraise_memory
 from tl_nodeprune.nodes.probe import find_nodes
 from tl_nodeprune.nodes.space import GateKey, NodeSpace
 
@@ -91,6 +91,7 @@ def read(model: Any, path: str | Path) -> NodeScores:
         nodes, neurons = (_from_tensors if tensors else _from_json)(content, space, _names(cfg))
         return _scores(space, nodes, neurons, path)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, EOFError, OverflowError, pickle.UnpicklingError) as error:
+        reraise_memory(error)
         raise ValueError(f"{path} is no file of node scores for this model: {type(error).__name__}: {error}.") from error
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tl_nodeprune.nodes.architecture import Probe, matrices
 from tl_nodeprune.nodes.attachment import failed, hooks_of_others, inactive, ledger_of
+from tl_nodeprune.nodes.checks import reraise_memory
 from tl_nodeprune.nodes.hooks import answer_logits, capture
 from tl_nodeprune.nodes.space import GRANULARITIES, GateKey, NodeSpace
 
@@ -127,7 +128,8 @@ def can_slice(model: Any, tokens: Tensor, positions: Tensor) -> bool:
         whole = answer_logits(model, one, at, sliced=False)
         try:
             cut = answer_logits(model, one, at)
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError) as error:
+            reraise_memory(error)
             return False
     return cut.shape == whole.shape and torch.allclose(cut, whole, rtol=1e-4, atol=1e-4, equal_nan=True)
 

@@ -18,12 +18,14 @@ from tl_nodeprune.nodes.checks import (
     FILL,
     check_answers,
     check_counts,
+    check_device,
     check_finite,
     check_mask,
     check_positions,
     check_seed,
     check_tokens,
     check_types,
+    reraise_memory,
 )
 from tl_nodeprune.nodes.hooks import answer_logits
 from tl_nodeprune.nodes.probe import check_causal, device_of
@@ -59,7 +61,7 @@ class PromptPairs:
         order = (torch.arange(mask.shape[1], device=mask.device) + shift[:, None]) % mask.shape[1]
         for name, value in (("clean", self.clean.long()), ("corrupted", self.corrupted.long()), ("attention_mask", mask)):
             object.__setattr__(self, name, value.gather(1, order))
-        for name, value in (("answers", self.answers), ("wrong_answers", self.wrong_answers), ("answer_positions", positions - shift)):
+        for name, value in (("answers", self.answers), ("wrong_answers", self.wrong_answers), ("answer_positions", positions.long() - shift)):
             object.__setattr__(self, name, value.long())
 
     @classmethod
@@ -140,6 +142,7 @@ class PromptPairs:
             chosen = index if isinstance(index, slice) else torch.as_tensor(index).cpu()
             rows = torch.arange(len(self))[chosen if isinstance(chosen, slice) or chosen.numel() else slice(0)].reshape(-1)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            reraise_memory(error)
             kind = IndexError if isinstance(error, IndexError) else TypeError
             raise kind(f"index={index!r}; give a number, a slice, several numbers, or {len(self)} of True and False: {error}") from error
         if not len(rows):
@@ -158,10 +161,8 @@ class PromptPairs:
     def to(self, device: torch.device | str) -> PromptPairs:
         """The same prompts on another device. Raises: ValueError for one that cannot be used here."""
         check_types(PromptPairs.to, locals())
-        try:
-            return PromptPairs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-            raise ValueError(f"device={device!r} cannot be used here: {error}") from error
+        check_device("device", device)
+        return PromptPairs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def split(self, share: float, seed: int) -> tuple[PromptPairs, PromptPairs]:
         """Two disjoint sets at random, the first with `share` of the different clean prompts (at least one in each). Pairs with the same
@@ -241,6 +242,7 @@ class PromptPairs:
         try:
             difference = _pooled(logits, self.answers) - _pooled(logits, self.wrong_answers)
         except RuntimeError as error:  # asked before, the largest answer would be a look from the host at every step
+            reraise_memory(error)
             raise ValueError(f"{wrong} {error}") from error
         if not torch.is_grad_enabled():
             check_finite(difference, "the logit difference")

@@ -45,7 +45,7 @@ def rows() -> list[dict[str, str]]:
     ({"--steps": "0"}, "steps=0"),
     ({"--time-limit": "0"}, "--time-limit 0.0; it must be a finite number of seconds above 0"),
     ({"--max-nodes": "0.1", "--agreement": "0.9"}, "--agreement goes with --max-kl"),
-    ({"--device": "cuda:99"}, "--device 'cuda:99' cannot be used here"),
+    ({"--device": "cuda:99"}, "--device 'cuda:99' cannot compute here; this machine has cpu"),
     ({"--out": __file__}, "test_cli.py' is a file; give a folder"),
     ({"--out": ""}, "--out is ''; give a name"), ({"--html": ""}, "--html is ''"), ({"--checkpoint": ""}, "--checkpoint is ''"),
     ({"--model": ""}, "--model is ''"), ({"--task": ""}, "--task is ''"), ({"--html": "/dev/null"}, "'/dev/null' is a device"),
