@@ -61,7 +61,8 @@ class PromptPairs:
         order = (torch.arange(mask.shape[1], device=mask.device) + shift[:, None]) % mask.shape[1]
         for name, value in (("clean", self.clean.long()), ("corrupted", self.corrupted.long()), ("attention_mask", mask)):
             object.__setattr__(self, name, value.gather(1, order))
-        for name, value in (("answers", self.answers), ("wrong_answers", self.wrong_answers), ("answer_positions", positions.long() - shift)):
+        for name, value in (("answers", self.answers), ("wrong_answers", self.wrong_answers),
+                            ("answer_positions", positions.long() - shift)):
             object.__setattr__(self, name, value.long())
 
     @classmethod
@@ -108,24 +109,7 @@ class PromptPairs:
         Raises: ValueError with the line's number for what is no such object, and what `from_strings` raises; OSError for no file.
         """
         check_types(PromptPairs.from_jsonl, locals())
-        columns: dict[str, list[Any]] = {"clean": [], "corrupted": [], "answer": [], "wrong": []}
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no UTF-8 text: {error}") from error
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                for name, column in columns.items():
-                    column.append(_text(row[name], name, several=name in ("answer", "wrong")))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: expected a JSON object with the keys {', '.join(columns)}; "
-                                 f"{type(error).__name__}: {error}") from error
-        if not columns["clean"]:
-            raise ValueError(f"{path} holds no prompt; expected one JSON object a line with the keys {', '.join(columns)}.")
-        return cls.from_strings(model, *columns.values())
+        return cls.from_strings(model, *read_rows(path).values())
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -262,6 +246,28 @@ class PromptPairs:
             raise ValueError(f"{name} have {self.clean.shape[1]} tokens, but the model's context is {n_ctx}.")
         assert self.attention_mask is not None
         check_causal(model, self.attention_mask)
+
+
+def read_rows(path: str | Path) -> dict[str, list[Any]]:
+    """The columns of a file for `from_jsonl`, as texts. Raises what that says of the file."""
+    columns: dict[str, list[Any]] = {"clean": [], "corrupted": [], "answer": [], "wrong": []}
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            for name, column in columns.items():
+                column.append(_text(row[name], name, several=name in ("answer", "wrong")))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: expected a JSON object with the keys {', '.join(columns)}; "
+                             f"{type(error).__name__}: {error}") from error
+    if not columns["clean"]:
+        raise ValueError(f"{path} holds no prompt; expected one JSON object a line with the keys {', '.join(columns)}.")
+    return columns
 
 
 def check_pairs(given: object, name: str = "prompts") -> None:
