@@ -151,4 +151,4 @@ def kept_first(kept: Tensor, scores: Tensor) -> Tensor:
 
 def ranks(keys: Tensor) -> Tensor:
     """`1 - place / n`: 1 for the highest key, 1 / n for the lowest."""
-    return 1 - keys.argsort(descending=True, stable=True).argsort() / len(keys)
+    return 1 - keys.argsort(descending=True, stable=True).argsort().float() / len(keys)  # a default dtype may make ranks equal

@@ -65,7 +65,7 @@ def report(
     with masks_off(model):
         _check_fits(model, circuit, {"prompts": prompts, "held_out": judged})
         runs = Runs(model, judged, circuit.space, circuit.ablation, batch_size=batch_size, progress=progress)
-        trial = Trial(runs, circuit, every_unit, max_units=max_units, generator=torch.Generator().manual_seed(seed))
+        trial = Trial(runs, circuit, every_unit, max_units=max_units, generator=torch.Generator().manual_seed(int(seed)))
         task, effects = preference(model, judged, batch_size), trial.effects()
         tests, p_values = _tests(trial, effects, n_random, alpha, seed)
         found, looked_for, paired = trial.redundancies(effects)

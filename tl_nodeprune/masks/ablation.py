@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tl_nodeprune.nodes.checks import check_finite, check_types
 from tl_nodeprune.nodes.hooks import capture_nodes
+from tl_nodeprune.nodes.probe import check_ready
 from tl_nodeprune.nodes.space import NodeSpace
 from tl_nodeprune.prompts.pairs import PromptPairs
 
@@ -73,9 +74,11 @@ class Ablation:
         """With constants from the clean prompts, float32: for "optimal" the mean over positions too, to start learning from.
 
         Of the model as it runs: masks that are attached are to be off (`masks.inactive()`).
-        Raises: ValueError where the prompts do not fit the model, or it has no such hook point; FloatingPointError for NaN or inf.
+        Raises: ValueError where the prompts do not fit the model, or it has no such hook point; FloatingPointError for NaN or inf;
+        RuntimeError in training mode with dropout.
         """
         check_types(Ablation.fit, locals())
+        check_ready(model)
         prompts.check_fits(model)
         if not len(hooks):
             raise ValueError("hooks is empty; give the names of one hook point or more, such as `circuit.space.hooks`.")

@@ -127,9 +127,11 @@ class NodeMasks(nn.Module):
         """Inside, forwards on `prompts.clean` take their stand-ins from these prompts (for "interchange": one run on the
         corrupted ones, here, without gradient). "mean" and "optimal" are fitted on the first prompts given and stay so.
 
-        Raises: ValueError where the prompts do not fit the model; inside, for "interchange", for a forward on other prompts.
+        Raises: ValueError where the prompts do not fit the model; inside, for "interchange", for a forward on other prompts; RuntimeError
+        where the masks are not attached, or the model is in training mode with dropout.
         """
         check_types(NodeMasks.paired, locals())
+        check_ready(self.model)
         prompts.check_fits(self.model)
         with self.inactive():
             self.ablation = self.ablation.fit(self.model, prompts, self.space.hooks)
@@ -176,6 +178,7 @@ class NodeMasks(nn.Module):
 
     def _attachment(self, model: Any) -> Attachment:
         _check_free(model)
+        check_ready(model)
         attachment = Attachment(model, lambda: mask_hooks(self.space.hooks, self._mask_in_forward, self._stand_in), owner=self,
                                 tokens=lambda: stand_ins[1] if (stand_ins := self._stand_ins.now) else None, freeze=True)
         self._attached = (model, attachment)

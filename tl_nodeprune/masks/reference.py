@@ -25,7 +25,7 @@ class Reference:
 
     def __init__(self, model: Any, prompts: PromptPairs, ablation: Ablation, hooks: tuple[str, ...], *, full: Tensor | None = None,
                  batch_size: int = 64, cache_bytes: int = 2 << 30) -> None:
-        self.model, self.prompts, self.ablation, self.hooks, self.batch_size = model, prompts, ablation, hooks, batch_size
+        self.model, self.prompts, self.ablation, self.hooks, self.batch_size = model, prompts, ablation, hooks, int(batch_size)
         self.sliced = can_slice(model, prompts.clean, positions(prompts))
         if full is None:
             with torch.no_grad():

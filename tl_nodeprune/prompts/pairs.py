@@ -28,7 +28,7 @@ from tl_nodeprune.nodes.checks import (
     reraise_memory,
 )
 from tl_nodeprune.nodes.hooks import answer_logits
-from tl_nodeprune.nodes.probe import check_causal, device_of
+from tl_nodeprune.nodes.probe import check_causal, check_ready, device_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +160,7 @@ class PromptPairs:
         n = int(which.max()) + 1
         if not 0 < share < 1 or n < 2:
             raise ValueError(f"split needs 0 < share < 1 and 2 different clean prompts or more; got share={share} and {n}.")
-        place = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).argsort()[which]
+        place = torch.randperm(n, generator=torch.Generator().manual_seed(int(seed))).argsort()[which]
         cut = min(max(round(share * n), 1), n - 1)
         order = place.argsort(stable=True)
         return self[order[place[order] < cut]], self[order[place[order] >= cut]]
@@ -204,9 +204,10 @@ class PromptPairs:
     def correct(self, model: Any, *, batch_size: int = 64) -> PromptPairs:
         """Those prompts that the full model answers right, whatever is attached to it now: answer logit > wrong logit.
 
-        Raises: ValueError where it answers none; FloatingPointError for NaN or inf logits.
+        Raises: ValueError where it answers none; FloatingPointError for NaN or inf logits; RuntimeError in training mode with dropout.
         """
         check_types(PromptPairs.correct, locals())
+        check_ready(model)
         right = torch.cat([batch.logit_diff(_logits(model, batch)) > 0 for batch in self.batches(batch_size)])
         if not right.any():
             raise ValueError(f"the model answers none of the {len(self)} prompts right; is the tokenizer, the task or the model another's?")
