@@ -408,7 +408,7 @@ def as_numpy(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(as_numpy, value))
     kind = None if isinstance(value, bool) else np.int64 if isinstance(value, int) else np.float32 if isinstance(value, float) else None
-    return kind(value) if kind and kind(value) == value else value
+    return kind(value) if kind and float(kind(value)) == value else value
 
 
 @pytest.mark.filterwarnings("ignore")
