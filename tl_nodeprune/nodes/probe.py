@@ -23,9 +23,10 @@ def find_nodes(model: Any) -> NodeSpace:
     the model is called: see `Probe`. `NodeSpace.lacking` says of the first layer that lacks one why.
 
     Raises: TypeError where `model` is no TransformerLens model; ValueError where the forward fails, or the model has no single stack of
-    `blocks` that add to the residual stream.
+    `blocks` that add to the residual stream; RuntimeError in training mode with dropout, in which nothing seems to be a node.
     """
     ledger_of(model)  # names what is no model
+    check_ready(model)
     probe, n_layers = Probe(model), int(model.cfg.n_layers)
     shapes: dict[GateKey, tuple[int, ...]] = {}
     lacking: dict[str, str] = {}
