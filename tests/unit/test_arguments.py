@@ -157,6 +157,7 @@ def scores_of(world: World) -> dict[str, Tensor]:
 CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "Ablation": lambda w: (tlnp.Ablation, {"name": "mean", "constants": {"blocks.0.hook_mlp_out": torch.zeros(3)}}),
     "About": lambda w: (tlnp.About, {"kl": 0.1, "interval": (0.0, 0.2), "versions": {"torch": "2"}}),
+    "Ablation.check_fits": lambda w: (tlnp.Ablation().check_fits, {"space": w.circuit.space}),
     "Ablation.fit": lambda w: (tlnp.Ablation("mean").fit, {"model": w.model, "prompts": w.prompts, "hooks": ["blocks.0.hook_mlp_out"]}),
     "Circuit": lambda w: (tlnp.Circuit, {"space": w.circuit.space, "gates": {k: w.circuit.live(*k) for k in w.circuit.space.shapes}}),
     "Circuit.full": lambda w: (tlnp.Circuit.full, {"space": w.circuit.space}),
@@ -417,6 +418,22 @@ def test_a_valid_call_leaves_every_random_generator_and_the_model(world: World, 
     assert torch.equal(before[0], torch.get_rng_state()) and before[2] == random.getstate()
     assert before[1] == np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
     assert find_attachment(world.model) is None and world.masks.attached
+
+
+def as_numpy(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(as_numpy, value))
+    kind = None if isinstance(value, bool) else np.int64 if isinstance(value, int) else np.float32 if isinstance(value, float) else None
+    return kind(value) if kind and float(kind(value)) == value else value
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CALLS)
+def test_numbers_of_numpy_are_numbers(world: World, name: str) -> None:
+    """Seeds from np.arange, budgets from np.geomspace: those of a valid call, and the defaults."""
+    call, kwargs = CALLS[name](world)
+    defaults = {p.name: p.default for p in arguments_of(FUNCTIONS[name]) if isinstance(p.default, int | float | tuple)}
+    call(**{key: as_numpy(value) for key, value in (defaults | kwargs).items()})
 
 
 TRIED: list[str] = []

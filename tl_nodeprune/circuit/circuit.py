@@ -68,6 +68,7 @@ class Circuit(Mapping[str, Tensor]):
                 raise ValueError(f"gates: {key.granularity} of layer {key.layer} is {tuple(gate.shape)}, expected {space.shapes[key]}.")
             if not ((gate == 0) | (gate == 1)).all():
                 raise ValueError(f"gates of {key.granularity} of layer {key.layer} hold other values than 0 (pruned) and 1 (kept).")
+        ablation.check_fits(space)
         self.space, self.ablation, self.about = space, ablation.cpu(), about
         self._live = settle(space, {key: gate.detach().cpu().bool() for key, gate in gates.items()})
         self._masks = {hook: combine(space, hook, self._live).float().contiguous() for hook in space.hooks}

@@ -19,8 +19,8 @@ from tl_nodeprune.cli import shell
 from tl_nodeprune.cli.output import VERDICTS, as_json, show
 from tl_nodeprune.evidence import COARSE, activation_patching
 from tl_nodeprune.masks import add_node_masks, as_ablation
-from tl_nodeprune.nodes import GRANULARITIES, check_agreement, check_counts, check_granularities
-from tl_nodeprune.prompts import PromptPairs, tasks
+from tl_nodeprune.nodes import GRANULARITIES, check_agreement, check_counts, check_device, check_granularities, check_seed
+from tl_nodeprune.prompts import PromptPairs, read_rows, tasks
 from tl_nodeprune.search import CHECKPOINT, PruneResult
 from tl_nodeprune.viz import overview, save_html
 
@@ -122,7 +122,7 @@ def _show(args: argparse.Namespace) -> None:
 
 def _show_page(args: argparse.Namespace) -> None:
     _check_page(args.html)
-    _check_task(args.task)
+    _check_source(args)
     files.check_apart({"--html": args.html}, _inputs(args) | {"the circuit": args.circuit})
     circuit = Circuit.load(args.circuit)
     model = load_model(args.model, args.device, args.dtype, trust_remote_code=args.trust_remote_code)
@@ -196,13 +196,15 @@ def _check_asked(args: argparse.Namespace, max_kl: float | None) -> None:
         raise ValueError(f"--max-kl {max_kl}; it must be a finite number above 0.")
     if args.time_limit is not None and not 0 < args.time_limit < math.inf:
         raise ValueError(f"--time-limit {args.time_limit}; it must be a finite number of seconds above 0.")
-    _check_task(args.task)
+    if (most := args.max_nodes) is not None and not (most >= 1 if isinstance(most, int) else 0 < most <= 1):
+        raise ValueError(f"--max-nodes {most}; give a share above 0 and up to 1.0, or a count of 1 or more.")
+    _check_source(args, least=2)
     as_ablation(args.ablation)
     check_agreement(args.agreement)
     if args.agreement is not None and max_kl is None:
         raise ValueError("--agreement goes with --max-kl, not with --max-nodes.")
     check_granularities(args.granularities, GRANULARITIES)
-    check_counts(steps=1 if args.steps is None else args.steps, batch_size=args.batch_size)
+    check_counts(**{"--steps": 1 if args.steps is None else args.steps, "--batch-size": args.batch_size})
     if args.html:
         _check_page(args.html)
     if args.out.exists() and not args.out.is_dir():
@@ -236,9 +238,15 @@ def _make_folder(name: str, path: Path) -> None:
         raise ValueError(f"{name} {str(path)!r} cannot be written: {error}") from error
 
 
-def _check_task(task: str) -> None:
-    if task not in tasks.ROWS and not Path(task).is_file():
-        raise ValueError(f"--task {task!r} is no task ({', '.join(tasks.ROWS)}) and no file.")
+def _check_source(args: argparse.Namespace, least: int = 1) -> None:
+    """What can be wrong with the prompts and the device before there is a model."""
+    check_counts(least, **{"--prompts": args.prompts})
+    check_seed(args.seed)
+    check_device("--device", args.device)
+    if args.task not in tasks.ROWS:
+        if not Path(args.task).is_file():
+            raise ValueError(f"--task {args.task!r} is no task ({', '.join(tasks.ROWS)}) and no file.")
+        read_rows(args.task)
 
 
 def _prompts(args: argparse.Namespace, model: Any) -> PromptPairs:
@@ -252,10 +260,7 @@ def _prompts(args: argparse.Namespace, model: Any) -> PromptPairs:
 def load_model(name: str, device: str, dtype: str = "float32", *, trust_remote_code: bool = False) -> Any:
     """A model by its Hugging Face name or folder, or the embedded one for "toy". Raises ValueError for a device that cannot be used, and a
     model that cannot be loaded."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"--device {device!r} cannot be used here, 'cpu' can: {error}") from error
+    check_device("--device", device)
     if name == "toy":
         return toy.load(n=1)[0].to(device).to(_DTYPES[dtype])
     from transformer_lens.model_bridge import TransformerBridge

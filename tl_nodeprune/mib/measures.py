@@ -90,6 +90,7 @@ def evaluate(model: Any, scores: NodeScores | Effects | Mapping[str, Tensor], pr
         found = as_scores(model, scores)
         prompts.check_fits(model)
         used = (found.ablation if ablation is None else as_ablation(ablation)).fit(model, prompts, found.space.hooks, batch_size=batch_size)
+        used.check_fits(found.space)
         runs = Runs(model, prompts, found.space, used, batch_size=batch_size, progress=progress)
         counts = tuple(board_count(found, float(size)) for size in sizes)
         circuits = [Circuit.empty(found.space), *map(found.top, counts)]

@@ -15,6 +15,7 @@ from tl_nodeprune.nodes.attachment import Attachment, HookFn, find_attachment, i
 from tl_nodeprune.nodes.checks import (
     check_agreement,
     check_counts,
+    check_device,
     check_finite,
     check_level,
     check_list,
@@ -22,9 +23,11 @@ from tl_nodeprune.nodes.checks import (
     check_model,
     check_node,
     check_number,
+    check_plain,
     check_seed,
     check_several,
     check_types,
+    reraise_memory,
 )
 from tl_nodeprune.nodes.hooks import answer_logits, capture, capture_nodes, mask_hooks
 from tl_nodeprune.nodes.probe import can_slice, check_causal, check_ready, device_of, find_nodes, model_name, peak_memory, rounding
@@ -48,9 +51,9 @@ from tl_nodeprune.nodes.space import (
 
 __all__ = [
     "GRANULARITIES", "HOOKS", "PARENTS", "Attachment", "GateKey", "Gates", "HookFn", "NodeSpace", "Scope", "Scoped", "answer_logits",
-    "any_below", "can_slice", "capture", "capture_nodes", "check_agreement", "check_causal", "check_counts", "check_finite",
-    "check_granularities", "check_layers", "check_level", "check_list", "check_logits", "check_model", "check_node", "check_number",
-    "check_ready", "check_seed", "check_several", "check_types", "combine", "count_parameters", "device_of", "find_attachment",
-    "find_nodes", "inactive", "ledger_of", "mask_hooks", "model_name", "node_name", "peak_memory", "rounding", "settle", "spread",
-    "temporary_hooks",
+    "any_below", "can_slice", "capture", "capture_nodes", "check_agreement", "check_causal", "check_counts", "check_device",
+    "check_finite", "check_granularities", "check_layers", "check_level", "check_list", "check_logits", "check_model", "check_node",
+    "check_number", "check_plain", "check_ready", "check_seed", "check_several", "check_types", "combine", "count_parameters", "device_of",
+    "find_attachment", "find_nodes", "inactive", "ledger_of", "mask_hooks", "model_name", "node_name", "peak_memory", "reraise_memory",
+    "rounding", "settle", "spread", "temporary_hooks",
 ]

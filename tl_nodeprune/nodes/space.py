@@ -121,6 +121,10 @@ class NodeSpace:
         """A mask's shape at a hook point: that of the finest granularity living there."""
         return max((shape for key, shape in self.present.items() if key.hook == hook), key=len)
 
+    def activation(self, hook: str) -> tuple[int, ...]:
+        """The shape of an activation at a hook point, without batch and pos."""
+        return self.width(hook) or (self.d_model,)
+
     def at(self, hook: str) -> list[GateKey]:
         """The gate tensors that multiply into a hook point's mask, coarse first."""
         keys = [GateKey(name, layer_of(hook)) for name in GRANULARITIES]

@@ -119,7 +119,7 @@ def _paper(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, objective
         history.append(Step(step, kl, size, lam))
         bar.passed(3 * min(objective.batch_size, len(searched)))
 
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(int(settings.seed))
     with torch.enable_grad():
         objective.train(masks, reference, generator, record, bar.over)
     circuit = to_circuit(masks)

@@ -148,7 +148,7 @@ class Run:
                  progress: Progress, *, both_ways: bool) -> None:
         self.masks, self.budget, self.settings, self.progress = masks, budget, settings, progress
         model, space = masks.model, masks.space
-        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.generator = torch.Generator().manual_seed(int(settings.seed))
         progress.stage("the full model")
         sides = [preference(model, part, settings.batch_size) for part in ([searched] if held is None else [searched, held])]
         self.preference: Preference = sides[0]

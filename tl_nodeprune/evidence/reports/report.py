@@ -65,7 +65,7 @@ def report(
     with masks_off(model):
         _check_fits(model, circuit, {"prompts": prompts, "held_out": judged_on})
         runs = Runs(model, judged_on, circuit.space, circuit.ablation, batch_size=batch_size, progress=progress)
-        judged = JudgedCircuit(runs, circuit, every_unit, max_units=max_units, generator=torch.Generator().manual_seed(seed))
+        judged = JudgedCircuit(runs, circuit, every_unit, max_units=max_units, generator=torch.Generator().manual_seed(int(seed)))
         task, effects = preference(model, judged_on, batch_size), unit_effects(judged)
         tests, p_values = _tests(judged, effects, n_random, alpha, seed)
         found, looked_for, paired = redundancies(judged, effects)
