@@ -17,7 +17,7 @@ from report import Results
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.cli.main import load_model
+from tl_nodeprune.cli.inputs import load_model
 from tl_nodeprune.masks.landscape import Landscape
 from tl_nodeprune.search.run import FEW_NODES, Progress, Settings
 

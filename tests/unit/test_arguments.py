@@ -203,6 +203,7 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "PromptPairs.split": lambda w: (w.prompts.split, {"share": 0.5, "seed": 0}),
     "PromptPairs.correct": lambda w: (w.prompts.correct, {"model": w.model}),
     "PromptPairs.logit_diff": lambda w: (w.prompts.logit_diff, {"logits": w.logits}),
+    "PromptPairs.show": lambda w: (w.prompts.show, {"n": 2}),
     "PromptPairs.check_fits": lambda w: (w.prompts.check_fits, {"model": w.model}),
     "PruneResult.at": lambda w: (w.result.at, {"max_nodes": 5}),
     "Report.verdict": lambda w: (w.report.verdict, {"name": "task"}),
@@ -307,6 +308,7 @@ ANY_TEXT = ("task", "title", "path", "device", "checkpoint", "source", "notes", 
 # words that are right, where not any text is
 WORDS = {"granularity": ("head", "mlp_neuron"), "granularities": HEADS, "ablation": ("interchange", "mean", "zero", "optimal"),
          "name": (), "hook": (),
+         "on_error": ("raise", "skip"), "long_answers": ("raise", "first"),
          "direction": ("denoise", "noise"), "units": ("block", "node"), "level": ("node", "neuron", "head"),
          "task": ("ioi", "gendered_pronoun", "greater_than"),
          "model_class": ("TransformerBridge", "HookedTransformer")}

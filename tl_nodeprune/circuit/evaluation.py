@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tl_nodeprune.circuit.circuit import Circuit
 from tl_nodeprune.masks import MaskedModel, kl_divergence, masks_off
-from tl_nodeprune.nodes import check_counts, check_finite, check_ready, check_types, rounding
+from tl_nodeprune.nodes import Figured, check_counts, check_finite, check_ready, check_types, figures, rounding
 from tl_nodeprune.prompts import PromptPairs
 
 
-@dataclass(frozen=True)
-class Metrics:
+@dataclass(frozen=True, repr=False)
+class Metrics(Figured):
     """Means over prompts. kl: KL(full || this), nats. accuracy: share with answer logit > wrong logit. logit_diff: answer logit -
     wrong logit. exact_match: share with the full model's most likely token."""
 
@@ -65,7 +65,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         head = f"{self.n_prompts} prompts, {self.ablation} ablation"
-        return f"{head}\n{self.to_frame().round(4).to_string()}"
+        return f"{head}\n{self.to_frame().to_string(float_format=figures)}"
 
 
 def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: int = 64) -> Evaluation:

@@ -82,6 +82,8 @@ class Attachment:
         self._kept: dict[bool, Any] = {}
         self.modules: list[Any] = []
         self.frozen: list[Any] = []
+        self.block = Scope(self._until, lambda token: self.remove())
+        """What is on already, from here on for the length of a `with` block alone."""
 
     def on(self) -> Scope:
         """On the model for the length of a `with` block."""
@@ -109,6 +111,10 @@ class Attachment:
     def keep(self, result: T) -> T:
         """From here on it acts until `remove`. One expression, so that no interrupt can come between acting and the caller's result."""
         return self._kept.setdefault(True, result)  # type: ignore[no-any-return]
+
+    def _until(self, token: Token) -> None:
+        self._token = token
+        self._kept = {}
 
     def _hook(self, point: Any, fn: HookFn) -> None:
         def act(point: Any, args: Any, activation: Tensor) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 _NUMBERS: dict[Any, type] = {int: Integral, float: Real}
 _WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", NoneType: "None", Tensor: "a tensor",
-          Mapping: "a mapping", Callable: "a function"}
+          Mapping: "a mapping", Callable: "a function", nn.Module: "a TransformerLens model"}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "strings"}
 _EXAMPLES = {int: ", such as (0, 1, 2)", float: ", such as (0.05, 0.1)"}
 _HELP = {"PromptPairs": "see PromptPairs.from_strings", "NodeMasks": "model.add_node_masks() returns them",
@@ -137,6 +137,8 @@ def _is(value: Any, kind: Any) -> bool:
         return callable(value)
     if isinstance(value, bool | type):
         return kind is type(value)
+    if kind is nn.Module:
+        return isinstance(value, nn.Module) and hasattr(value, "hook_dict")
     if (item := _items(kind)) is None:
         return isinstance(value, _NUMBERS.get(kind, get_origin(kind) or kind))
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping | Tensor) or getattr(value, "ndim", 1) != 1:

@@ -1,6 +1,7 @@
 """Prompts in pairs, clean and corrupted, with the answers that tell them apart.
 
-pairs       PromptPairs: from strings, batches, split, the logit difference of its answers
+pairs       PromptPairs: batches, split, the logit difference of its answers
+strings     pairs of strings as tokens, the answers after them, and words for tokens
 checks      token ids, answers and padding that do not fit together
 tasks       the tasks of circuit papers, made for a model's tokenizer
 preference  whether the full model does the task at all, and in both directions

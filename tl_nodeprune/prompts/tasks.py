@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tl_nodeprune.nodes import check_counts, check_seed, check_types
-from tl_nodeprune.prompts.pairs import PromptPairs, continuations, is_unknown
+from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.prompts.strings import continuations, is_unknown
 
 __all__ = ["gendered_pronoun", "greater_than", "ioi", "make"]
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from tl_nodeprune.circuit import Circuit, NodeScores, leaves_of, to_circuit
-from tl_nodeprune.masks import LossFn, NodeMasks, Reference, kl_divergence
+from tl_nodeprune.masks import Ablation, LossFn, NodeMasks, Reference, kl_divergence
 from tl_nodeprune.nodes import check_counts, check_seed, check_types, device_of, peak_memory
 from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.search.attached import on_model
 from tl_nodeprune.search.budget import Budget, budget_of
 from tl_nodeprune.search.checkpoint import Checkpoint, asked
 from tl_nodeprune.search.held_out import set_aside
@@ -20,16 +22,19 @@ from tl_nodeprune.search.run import Progress, Run, Settings, going, searchable
 
 
 def prune(
-    masks: NodeMasks, prompts: PromptPairs, *, max_kl: float | None = None, agreement: float | None = None,
+    masks: NodeMasks | nn.Module, prompts: PromptPairs, *, max_kl: float | None = None, agreement: float | None = None,
     max_nodes: float | int | Mapping[str, float | int] | None = None, loss: LossFn | None = None, max_loss: float | None = None,
     objective: PaperObjective | None = None, held_out: PromptPairs | None = None, start: Circuit | None = None, steps: int | None = None,
     exact_tests: int = 16, time_limit: float | None = None, checkpoint: str | Path | None = None, batch_size: int = 64,
     step_prompts: int | None = None, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True,
+    granularities: str | Iterable[str] | None = None, layers: int | Iterable[int] | None = None, ablation: str | Ablation | None = None,
 ) -> PruneResult:
     """The smallest circuit whose KL(full || circuit) at the answer positions is at most `max_kl` nats on prompts that were not searched
     on, or the most faithful one of at most `max_nodes` nodes. The masks are left at that circuit, still attached; after an objective they
     have its gate, hard concrete and straight-through.
 
+    masks: attached ones, or a model: `prune(model, prompts, max_kl=0.05)` puts masks on, searches, and takes them off whatever happens.
+    granularities, layers, ablation: of the masks that a model gets, as in `add_node_masks`.
     Give one of: max_kl (nats); max_nodes (a float is a share of the leaf nodes, an int a count; gates above something that is not
         gated count too; a mapping limits single granularities); loss with max_loss, a loss of your own,
         fn(circuit_logits, full_logits, prompts) -> [batch], bounded in its mean; objective, the paper's, run as it is, with its own
@@ -64,7 +69,10 @@ def prune(
     applied, the model is in training mode with dropout or gradient checkpointing, or it runs in `torch.inference_mode()`;
     FloatingPointError at the step where logits or the loss are NaN or inf. The model and the masks are then as before.
     """
-    check_types(prune, locals())
+    given = locals()
+    check_types(prune, given)
+    if not isinstance(masks, NodeMasks) or granularities is not None or layers is not None or ablation is not None:
+        return on_model(prune, **given)
     budget = budget_of(masks.space, max_kl=max_kl, agreement=agreement, max_nodes=max_nodes, loss=loss, max_loss=max_loss,
                        objective=objective)
     _check_start(masks, start, objective)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import tl_nodeprune as tlnp
@@ -111,7 +112,7 @@ def test_prune_writes_both_files(toy: Toy, tmp_path: Path, capsys: pytest.Captur
     assert {"circuit", "full", "ablated"} <= set(report["held_out"])
     said = capsys.readouterr()
     first, verdict = said.out.split("\n\n")[1].split("\n")[:2]
-    assert first.startswith(f"KL {report['kl']:.4f} nats on {report['settings']['held_out']} prompts held out")
+    assert first.startswith(f"KL {report['kl']:.3g} nats on {report['settings']['held_out']} prompts held out")
     assert verdict.startswith("Untested: ") and "too few to tell" in verdict and "give" in verdict and "UserWarning" not in said.err
     assert "KL held out" in said.out and "leaf nodes" in said.out
 
@@ -350,3 +351,72 @@ def test_a_circuit_with_other_first_tokens_is_not_said_to_have_converged(
     report = tlnp.evaluate(model, result.circuit, prompts)
     show(result, dataclasses.replace(report, circuit=dataclasses.replace(report.circuit, exact_match=same)), "", "there")
     assert result.converged is True and says in capsys.readouterr().out
+
+
+def test_evaluate_prints_and_saves_what_the_library_says(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    circuit, words = saved_circuit(toy, tmp_path / "c.safetensors"), ["--model", "toy", "--task", "ioi", "--prompts", "8"]
+    assert main(["evaluate", str(tmp_path / "c.safetensors"), *words, "--out", str(tmp_path / "new" / "e.json")]) == 0
+    saved, said = json.loads((tmp_path / "new" / "e.json").read_text()), capsys.readouterr().out
+    prompts = tlnp.tasks.ioi(toy[0], n=8, seed=1).correct(toy[0])
+    want = tlnp.evaluate(toy[0], circuit, prompts)
+    assert saved["circuit"] == pytest.approx(dataclasses.asdict(want.circuit), abs=1e-5) and saved["n_prompts"] == len(prompts)
+    assert f"{want.full.logit_diff:.3g}" in said and "interchange ablation" in said and "Written: " in said
+    assert main(["evaluate", str(tmp_path / "c.safetensors"), *words, "--ablation", "zero"]) == 0
+    assert "zero ablation" in capsys.readouterr().out
+
+
+def test_rank_writes_every_node_best_first(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["rank", "--model", "toy", "--task", "ioi", "--prompts", "16", "--steps", "3", "--granularities", "head", "mlp"]
+    assert main([*words, "--out", str(tmp_path / "s.csv")]) == 0 and main([*words, "--out", str(tmp_path / "s.json")]) == 0
+    table, want = pd.read_csv(tmp_path / "s.csv"), tlnp.mib.read(toy[0], tmp_path / "s.json")
+    assert len(table) == 15 and table["score"].is_monotonic_decreasing and len(set(table["node"])) == 15
+    first = table.iloc[0]
+    assert want[f"blocks.{first['layer']}." + {"head": "attn.hook_z", "mlp": "hook_mlp_out"}[first["granularity"]]].max() == 1
+    out = capsys.readouterr().out
+    assert out.index(first["node"]) < out.index(table.iloc[-1]["node"]) and "15 of 15 leaf nodes" in out
+    assert main([*words[:-3], "--granularities", "attn", "--out", str(tmp_path / "a.json")]) == 2
+    assert "the MIB board has no attn nodes; write a .csv" in capsys.readouterr().err and not (tmp_path / "a.json").exists()
+
+
+def test_report_and_compare(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved_circuit(toy, tmp_path / "a.safetensors")
+    circuit, other = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")
+    tlnp.Circuit.from_nodes(toy[0], {"head": [(1, 1)]}).save(other)
+    words = ["--model", "toy", "--task", "ioi", "--prompts", "8", "--n-random", "2", "--max-units", "1"]
+    for name, text in (("r.md", "# Evidence for a circuit"), ("r.csv", "measure,value,low,high,p_value")):
+        assert main(["report", circuit, *words, "--out", str(tmp_path / name)]) == 0
+        assert text in (tmp_path / name).read_text() and "faithfulness" in capsys.readouterr().out
+    assert main(["compare", f"all={circuit}", f"one={other}", "--out", str(tmp_path / "c.csv")]) == 0
+    assert "in all: head 1.1" in capsys.readouterr().out and len(pd.read_csv(tmp_path / "c.csv")) == 12
+
+
+@pytest.mark.parametrize(("words", "text"), [
+    (["evaluate", "c.safetensors", "--out", "e.txt"], "--out 'e.txt'; give a file that ends in .json"),
+    (["evaluate", "c.safetensors", "--out", "t.jsonl/e.json"], "cannot be written: "),
+    (["evaluate", "c.safetensors", "--ablation", "noise"], "unknown ablation 'noise'"),
+    (["report", "c.safetensors", "--n-random", "0"], "n_random=0"), (["rank", "--steps", "0"], "steps=0"),
+    (["rank", "--granularities", "heads"], "unknown granularity 'heads'"), (["rank", "--out", ""], "--out is ''; give a name"),
+    (["evaluate", "c.safetensors", "--device-map", "auto", "--device", "meta"], "--device-map 'auto' goes without --device"),
+    (["evaluate", "c.safetensors", "--revision", "main"], "the embedded model 'toy' has no --revision"),
+    (["compare", "a=c.safetensors", "c.safetensors"], "'c.safetensors' is no circuit with a name; give NAME=FILE"),
+    (["compare", "a=c.safetensors", "a=c.safetensors"], "two of the circuits have one name"),
+    (["compare", "a=c.safetensors", "b=c.safetensors", "--out", "link.csv"], "'link.csv' is a symbolic link"),
+])
+def test_wrong_words_are_found_before_the_model_is_loaded(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str],
+                                                          text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved_circuit(toy, tmp_path / "c.safetensors")
+    (tmp_path / "t.jsonl").write_text("{}")
+    (tmp_path / "link.csv").symlink_to("t.jsonl")
+    words = words if words[0] == "compare" else [*words, "--model", "toy", "--task", "ioi"]
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert text in said.err and said.err.count("\n") == 1 and not said.out
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_version_and_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, text in (("--version", f"tl-nodeprune {tlnp.__version__}"), ("--help", "exit status: 0; 1 for")):
+        with pytest.raises(SystemExit) as stop:
+            main([word])
+        assert stop.value.code == 0 and text in capsys.readouterr().out

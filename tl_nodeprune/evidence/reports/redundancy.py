@@ -11,6 +11,7 @@ from tl_nodeprune.evidence.reports.judged import JudgedCircuit
 from tl_nodeprune.evidence.reports.minimality import UnitEffects
 from tl_nodeprune.evidence.runs import Runs
 from tl_nodeprune.evidence.units import Unit, closed, opened
+from tl_nodeprune.nodes import figures
 
 MATTERS = 0.01  # of KL(full || ablated): a rise of the KL below this counts as none
 RECOVERED = 0.8  # of what removing a unit costs: what a stand-in must bring back, and by how much it must lower that cost
@@ -35,10 +36,10 @@ class Redundancy:
         if self.kept and len(self.others) > 1:
             names = ", ".join(map(str, (self.unit, *self.others)))
             return (f"any one of {names} suffices, all are kept: without all of them the circuit's KL rises by {self.rise:.3g} nats, with "
-                    f"one of them left by {(1 - self.recovered) * self.rise:.2g} at most")
+                    f"one of them left by {figures((1 - self.recovered) * self.rise)} at most")
         if self.kept:
             return (f"either {self.unit} or {others} suffices, both are kept: without both the circuit's KL rises by {self.rise:.3g} nats, "
-                    f"without one of them by {(1 - self.recovered) * self.rise:.2g} at most")
+                    f"without one of them by {figures((1 - self.recovered) * self.rise)} at most")
         return (f"either {self.unit} or {others} suffices: with {self.unit} out, which costs {self.rise:.3g} nats, {others} "
                 f"{'brings' if len(self.others) == 1 else 'bring'} back {self.recovered:.0%} of that")
 

@@ -26,7 +26,7 @@ from tl_nodeprune.evidence.reports.verdicts import Settings
 from tl_nodeprune.evidence.runs import Runs
 from tl_nodeprune.evidence.units import units_of
 from tl_nodeprune.masks import ABLATIONS, Ablation, masks_off, optimal_constants
-from tl_nodeprune.nodes import check_counts, check_level, check_ready, check_seed, check_types, model_name
+from tl_nodeprune.nodes import check_counts, check_level, check_ready, check_seed, check_types, figures, model_name
 from tl_nodeprune.prompts import PromptPairs, preference
 
 FEWEST_FOR_INTERVALS = 10
@@ -106,7 +106,7 @@ def _tests(judged: JudgedCircuit, effects: UnitEffects, n_random: int, alpha: fl
     apart = knocked_out("complement")
     if apart.passed is False and (nothing := knocked_out("ablated")).passed is False:
         why = ("But so do the scores with every node ablated "
-               f"(p = {nothing.p_value:.2g}): what stands in for nodes tells of the task itself, and this test can decide nothing.")
+               f"(p = {figures(nothing.p_value)}): what stands in for nodes tells of the task itself, and this test can decide nothing.")
         apart = replace(apart, passed=None, sentence=f"{apart.sentence} {why}")
     return {"equivalence": _made("equivalence", equal), "independence": apart, "minimality": _made("minimality", of_units)}, p_values
 
