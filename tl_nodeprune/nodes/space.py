@@ -33,7 +33,6 @@ PARENTS: dict[str, str] = {
     "mlp_neuron": "mlp",
     "mlp_out": "mlp",
 }
-LEAVES: tuple[str, ...] = ("attn_neuron", "mlp_neuron", "mlp_out")
 
 
 class GateKey(NamedTuple):
