@@ -30,7 +30,7 @@ from tl_nodeprune.search.nested import PATH, PATH_PROMPTS, Nested
 SMALLEST_SHARE, N_SIZES = 0.001, 36  # of the frontier
 SEARCHED, JUDGED = 48, 256  # prompts that the frontier is measured on, at most: of those searched on, and of those held out
 STEP_PROMPTS, CUDA_STEP_PROMPTS = 32, 64
-STEPS_AT_1000, STEPS_POWER, FEWEST_STEPS = 160, 0.3, 160  # 265 for 5,000 nodes, 600 for 80,000
+STEPS_AT_1000, STEPS_POWER, FEWEST_STEPS = 124, 0.45, 24  # 265 for 5,000 nodes, 900 for 80,000
 TRAINED_AT = 0.7  # of the budget, since fresh prompts have more loss than those trained on
 PARTS, TRAINING, FRONTIER = 4, 0.6, 0.75  # of a time limit: by when the training ends, and the frontier is measured
 
@@ -163,6 +163,7 @@ class Run:
         for landscape in self.landscapes:
             landscape.passed = progress.passed
             landscape.constants = self.landscapes[0].constants  # those learned on the prompts searched
+        self.landscape.try_half()
         self.order = torch.zeros(self.landscape.n, device=self.landscape.device, dtype=torch.float32)
         self.trace, self.cut_short = torch.zeros(0, 3, dtype=torch.float32), False
         self.by_kl = budget.loss is kl_divergence
