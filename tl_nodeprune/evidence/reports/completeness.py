@@ -19,7 +19,7 @@ class Completeness:
     """The circuit knocked out, whole and in part (Wang et al. 2022, arXiv:2211.00593).
 
     complement: the model without the circuit's nodes. left: its faithfulness, the share of the task's logit difference that it still has
-    (0: as with every node ablated). gaps: for subsets K of the circuit's units, each unit in K by a coin's throw,
+    (0: as with every node ablated). gaps: for subsets K of the circuit's units, each unit in K with probability 1/2,
     `|m(model without K) - m(circuit without K)|`, m the mean logit difference; gap_share: their mean over |m(full) - m(ablated)|.
     """
 

@@ -31,7 +31,7 @@ def unit_effects(judged: JudgedCircuit) -> UnitEffects:
 def random_effects(judged: JudgedCircuit, draws: int) -> Float[Tensor, "draw"]:
     """What removing a unit at random does: mean absolute change of the logit difference.
 
-    A draw adds a random path to the circuit first (from each layer, by a coin's throw, one unit that is not kept whole), then takes
+    A draw adds a random path to the circuit first (from each layer, with probability 1/2, one unit that is not kept whole), then takes
     one of the path's units out again. Empty where every unit is kept whole.
     """
     if not judged.spare:

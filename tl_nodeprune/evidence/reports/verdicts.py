@@ -156,7 +156,7 @@ def _random_circuits(report: Findings) -> Verdict:
         return Verdict(name, None, f"Not tested: no other circuit has as many nodes of each kind {where}.")
     draws, low = len(null.kl), null.p_value <= alpha
     tail = (f"of {draws} random circuits with as many nodes of each kind {where} (KL {null.median:.3g} nats in the median, "
-            f"{float(null.kl.min()):.3g} at the lowest; p = {null.p_value:.2g}, the chance of being as low by lot)")
+            f"{float(null.kl.min()):.3g} at the lowest; p = {null.p_value:.2g}, the chance that one of them is as low)")
     floor = max(1 / null.possible, 1 / (draws + 1))
     if floor > alpha:
         few = f"{null.possible:.0f} such circuits exist" if 1 / null.possible == floor else f"{draws} were drawn"
