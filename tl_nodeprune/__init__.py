@@ -14,8 +14,8 @@ shell.end_quietly_while_starting("tl-nodeprune", __name__)  # before the imports
 
 # ruff: noqa: E402
 from tl_nodeprune import mib, toy, viz
-from tl_nodeprune.circuit import Circuit, Evaluation, NodeScores, evaluate, set_to, to_circuit
-from tl_nodeprune.evidence import Report, crosscheck, hypotheses, report
+from tl_nodeprune.circuit import About, Circuit, Evaluation, NodeScores, evaluate, set_to, to_circuit
+from tl_nodeprune.evidence import Comparison, Report, compare, crosscheck, hypotheses, known, report
 from tl_nodeprune.masks import Ablation, HardConcrete, NodeMasks, add_node_masks, kl_divergence, remove_node_masks
 from tl_nodeprune.masks import Step as StepGate
 from tl_nodeprune.nodes import GRANULARITIES
@@ -24,9 +24,10 @@ from tl_nodeprune.search import Estimate, PaperObjective, PruneResult, Sweep, es
 
 __version__ = "0.1.0"
 __all__ = [
-    "GRANULARITIES", "Ablation", "Circuit", "Estimate", "Evaluation", "HardConcrete", "NodeMasks", "NodeScores", "PaperObjective",
-    "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "crosscheck", "estimate", "evaluate", "hypotheses",
-    "kl_divergence", "mib", "prune", "rank", "remove_node_masks", "report", "sweep", "tasks", "toy", "viz",
+    "GRANULARITIES", "About", "Ablation", "Circuit", "Comparison", "Estimate", "Evaluation", "HardConcrete", "NodeMasks", "NodeScores",
+    "PaperObjective", "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "compare", "crosscheck", "estimate",
+    "evaluate", "hypotheses", "kl_divergence", "known", "mib", "prune", "rank", "remove_node_masks", "report", "sweep", "tasks", "toy",
+    "viz",
 ]
 
 

@@ -53,12 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--task", default="ioi", choices=tuple(tasks.ROWS))
     demo.add_argument("--html", default=str(Path("out") / "demo.html"), help="the page to write (default: %(default)s)")
     demo.set_defaults(command=_demo)
-    show = commands.add_parser("show", help="write a page about a saved circuit: summary, figures, kept nodes")
+    show = commands.add_parser("show", help="say what is in a saved circuit; with --html a page about it: summary, figures, kept nodes")
     show.add_argument("circuit", help="a circuit.safetensors that `prune` or Circuit.save wrote")
-    show.add_argument("--html", required=True, help="the page to write; it needs no network")
+    show.add_argument("--html", help="a page to write, for which --model and --task are needed too; it needs no network")
     show.add_argument("--no-effects", action="store_true", help="leave out the effects of single heads and blocks, one run each")
-    _add_model_and_task(show, seed=1, prompts=64, seed_of="the named tasks' prompts")
-    show.set_defaults(command=_show_page)
+    _add_model_and_task(show, seed=1, prompts=64, seed_of="the named tasks' prompts", required=False)
+    show.set_defaults(command=_show)
     prune = commands.add_parser("prune", help="find a circuit in a model of yours")
     budget = prune.add_mutually_exclusive_group()
     budget.add_argument("--max-kl", type=float, help=f"nats at the answer positions, on prompts held out (default: {_MAX_KL})")
@@ -78,9 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_and_task(parser: argparse.ArgumentParser, *, seed: int, prompts: int, seed_of: str) -> None:
-    parser.add_argument("--model", required=True, help="a Hugging Face name or folder, or 'toy' for the embedded model")
-    parser.add_argument("--task", required=True, help=f"{', '.join(tasks.ROWS)}, or a .jsonl file (clean, corrupted, answer, wrong)")
+def _add_model_and_task(parser: argparse.ArgumentParser, *, seed: int, prompts: int, seed_of: str, required: bool = True
+                        ) -> None:
+    parser.add_argument("--model", required=required, help="a Hugging Face name or folder, or 'toy' for the embedded model")
+    parser.add_argument("--task", required=required, help=f"{', '.join(tasks.ROWS)}, or a .jsonl file (clean, corrupted, answer, wrong)")
     parser.add_argument("--prompts", type=int, default=prompts, help="how many, for the named tasks (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=seed, help=f"of {seed_of} (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
@@ -106,6 +107,17 @@ def _demo(args: argparse.Namespace) -> None:
     _write_page(args.html, model, result, test, args.task)
     show(result, report, why, f"within {_MAX_KL} nats there")
     _say_page(args.html)
+
+
+def _show(args: argparse.Namespace) -> None:
+    missing = [f"--{name}" for name in ("html", "model", "task") if getattr(args, name) is None]
+    if not missing:
+        return _show_page(args)
+    if len(missing) < 3:
+        raise ValueError(f"{' and '.join(missing)} missing: a page needs --html, --model and --task. Give all of them, or none, to be told "
+                         "what is in the file.")
+    circuit = Circuit.load(args.circuit)
+    print(f"{circuit}\n\nLive nodes by layer:\n{circuit.summary().to_string()}")
 
 
 def _show_page(args: argparse.Namespace) -> None:
@@ -162,7 +174,7 @@ def _prune(args: argparse.Namespace) -> None:
              "time_limit": args.time_limit}
     result, why = _find(model, train, test, granularities=args.granularities, layers=args.layers, ablation=args.ablation,
                         batch_size=args.batch_size, checkpoint=args.checkpoint, **asked)
-    result.circuit.save(args.out / _CIRCUIT)  # before anything else that could fail
+    result.circuit.save(args.out / _CIRCUIT, task=args.task)  # before anything else that could fail
     (args.out / _REPORT).unlink(missing_ok=True)  # an earlier circuit's
     report = evaluate(model, result.circuit, test, batch_size=args.batch_size)
     settings = asked | {"model": args.model, "task": args.task, "dtype": args.dtype, "prompts": len(train), "held_out": len(test)}

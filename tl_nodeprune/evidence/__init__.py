@@ -13,13 +13,20 @@ from __future__ import annotations
 from tl_nodeprune.circuit import Evaluation, Metrics, evaluate
 from tl_nodeprune.evidence import crosscheck, hypotheses
 from tl_nodeprune.evidence.agreement import Agreement, GranularityAgreement, NodeScore, agreement, auroc
+from tl_nodeprune.evidence.compare import Comparison, compare
 from tl_nodeprune.evidence.crosscheck import COARSE, activation_patching, attribution_patching
-from tl_nodeprune.evidence.reports import Completeness, Findings, RandomDraws, Redundancy, Report, Settings, Verdict, report
+from tl_nodeprune.evidence.reports import Settings
+from tl_nodeprune.evidence.reports.completeness import Completeness
+from tl_nodeprune.evidence.reports.document import Report
+from tl_nodeprune.evidence.reports.random_circuits import RandomDraws
+from tl_nodeprune.evidence.reports.redundancy import Redundancy
+from tl_nodeprune.evidence.reports.report import report
+from tl_nodeprune.evidence.reports.verdicts import Findings, Verdict
 from tl_nodeprune.evidence.runs import Runs, Scores
 from tl_nodeprune.evidence.units import Unit, closed, opened, units_of
 
 __all__ = [
-    "COARSE", "Agreement", "Completeness", "Evaluation", "Findings", "GranularityAgreement", "Metrics", "NodeScore", "RandomDraws",
-    "Redundancy", "Report", "Runs", "Scores", "Settings", "Unit", "Verdict", "activation_patching", "agreement", "attribution_patching",
-    "auroc", "closed", "crosscheck", "evaluate", "hypotheses", "opened", "report", "units_of",
+    "COARSE", "Agreement", "Comparison", "Completeness", "Evaluation", "Findings", "GranularityAgreement", "Metrics", "NodeScore",
+    "RandomDraws", "Redundancy", "Report", "Runs", "Scores", "Settings", "Unit", "Verdict", "activation_patching", "agreement",
+    "attribution_patching", "auroc", "closed", "compare", "crosscheck", "evaluate", "hypotheses", "opened", "report", "units_of",
 ]

@@ -34,10 +34,13 @@ from tl_nodeprune.nodes.scope import Scope, Scoped
 from tl_nodeprune.nodes.space import (
     GRANULARITIES,
     HOOKS,
+    PARENTS,
     GateKey,
     Gates,
     NodeSpace,
+    any_below,
     check_granularities,
+    check_layers,
     combine,
     node_name,
     settle,
@@ -45,9 +48,10 @@ from tl_nodeprune.nodes.space import (
 )
 
 __all__ = [
-    "GRANULARITIES", "HOOKS", "Attachment", "GateKey", "Gates", "HookFn", "NodeSpace", "Scope", "Scoped", "answer_logits", "can_slice",
-    "capture", "capture_nodes", "check_agreement", "check_causal", "check_counts", "check_finite", "check_granularities", "check_level",
-    "check_list", "check_logits", "check_model", "check_node", "check_number", "check_ready", "check_seed", "check_several", "check_types",
-    "combine", "count_parameters", "device_of", "find_attachment", "find_nodes", "inactive", "ledger_of", "mask_hooks", "model_name",
-    "node_name", "peak_memory", "rounding", "settle", "spread", "temporary_hooks",
+    "GRANULARITIES", "HOOKS", "PARENTS", "Attachment", "GateKey", "Gates", "HookFn", "NodeSpace", "Scope", "Scoped", "answer_logits",
+    "any_below", "can_slice", "capture", "capture_nodes", "check_agreement", "check_causal", "check_counts", "check_finite",
+    "check_granularities", "check_layers", "check_level", "check_list", "check_logits", "check_model", "check_node", "check_number",
+    "check_ready", "check_seed", "check_several", "check_types", "combine", "count_parameters", "device_of", "find_attachment",
+    "find_nodes", "inactive", "ledger_of", "mask_hooks", "model_name", "node_name", "peak_memory", "rounding", "settle", "spread",
+    "temporary_hooks",
 ]

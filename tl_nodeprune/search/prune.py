@@ -15,7 +15,7 @@ from tl_nodeprune.search.budget import Budget, budget_of
 from tl_nodeprune.search.checkpoint import Checkpoint, asked
 from tl_nodeprune.search.held_out import set_aside
 from tl_nodeprune.search.paper import PaperObjective
-from tl_nodeprune.search.result import PruneResult, Step, found, told
+from tl_nodeprune.search.result import PruneResult, Step, found, noted, told
 from tl_nodeprune.search.run import Progress, Run, Settings, going, searchable
 
 
@@ -89,7 +89,8 @@ def prune(
                 run = Run(masks, searched, held, budget, settings, bar, both_ways=budget.loss is kl_divergence)
                 run.train(saved)
                 result = found(run, start, exact_tests)
-        return told(masks, result, budget, objective=objective is not None, stacklevel=3)
+        asks = {"max_kl": max_kl, "agreement": agreement, "max_nodes": max_nodes, "max_loss": max_loss, "objective": objective}
+        return told(masks, noted(result, asks, seed), budget, objective=objective is not None, stacklevel=3)
 
 
 def _check_start(masks: NodeMasks, start: Circuit | None, objective: PaperObjective | None) -> None:
