@@ -1,6 +1,9 @@
 """The result: a circuit, its file, its size, its faithfulness; and scores and effects of nodes, in a circuit's own keys.
 
-circuit     Circuit: a mapping from hook name to mask, with the ablation that it was found under
+circuit     Circuit: live nodes with the ablation that they were found under; made, joined, run, saved
+live_nodes  which nodes are live: as masks, as nodes, as counts; and compared
+view        a circuit at other granularities
+about       what a circuit says of where it comes from
 conversion  from trained masks to a circuit and back
 evaluation  how faithful a circuit is, beside the full and the ablated model
 scores      NodeScores: an order of all nodes, whose best k are a circuit
