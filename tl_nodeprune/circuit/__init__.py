@@ -2,8 +2,8 @@
 
 circuit     Circuit: live nodes with the ablation that they were found under; made, joined, run, saved
 live_nodes  which nodes are live: as masks, as nodes, as counts; and compared
-view        a circuit at other granularities
-about       what a circuit says of where it comes from
+view        a circuit seen at other granularities
+about       where a circuit comes from and what was measured of it
 conversion  from trained masks to a circuit and back
 evaluation  how faithful a circuit is, beside the full and the ablated model
 scores      NodeScores: an order of all nodes, whose best k are a circuit

@@ -33,6 +33,7 @@ from tl_nodeprune.nodes import (
     find_nodes,
     ledger_of,
     mask_hooks,
+    node_name,
 )
 from tl_nodeprune.prompts import PromptPairs
 
@@ -74,7 +75,8 @@ class Circuit(LiveNodes):
         """The circuit that keeps these nodes, and no other of the granularities named: {"head": [(9, 9), (10, 0)], "mlp": [(0,)]}, nodes as
         (layer, *index), as `nodes` gives them. What is of other granularities is not gated.
 
-        Raises: ValueError for nodes that are empty or that the model lacks; TypeError for what is no model or no nodes.
+        Raises: ValueError for nodes that are empty, that the model lacks, or that can't be kept: below one of a granularity named that is
+        not listed, or above nothing that is; TypeError for what is no model or no nodes.
         """
         check_types(Circuit.from_nodes, locals())
         if not nodes:
@@ -90,7 +92,13 @@ class Circuit(LiveNodes):
                     raise ValueError(f"nodes[{granularity!r}] holds {tuple(node)}, and the model has {there} in that layer; give "
                                      "(layer, *index).")
                 gate[tuple(index)] = 1
-        return cls(space, gates, as_ablation(ablation))
+        circuit = cls(space, gates, as_ablation(ablation))
+        for key, gate in gates.items():
+            if len(lost := (gate.bool() & ~circuit.live(*key)).nonzero()):
+                raise ValueError(f"nodes: {node_name(*key, *lost[0].tolist())} can't be kept, since all above it, or all below, is cut: "
+                                 f"{', '.join(nodes)} are named. List what it is a part of and what it consists of, or leave those "
+                                 "granularities out.")
+        return circuit
 
     @classmethod
     def from_masks(cls, model: Any, masks: Mapping[str, Tensor], ablation: str | Ablation = "interchange") -> Circuit:

@@ -83,7 +83,8 @@ class NodeScores(Mapping[str, Tensor]):
         check_types(NodeScores.from_circuit, locals())
         space, kept = circuit.space, leaves_of(circuit)
         if within is not None and within.space.shapes != space.shapes:
-            raise ValueError("the circuit and the scores are over different nodes.")
+            raise ValueError("the circuit and the scores are over different nodes; of other granularities give "
+                             f"circuit.at({list(within.space.granularities)}).")
         order = within.flat if within is not None else torch.zeros(len(kept), dtype=torch.float32)
         return cls.from_flat(ranks(kept_first(kept, order)), space, circuit.ablation)
 

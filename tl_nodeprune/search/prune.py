@@ -100,7 +100,8 @@ def _check_start(masks: NodeMasks, start: Circuit | None, objective: PaperObject
         raise ValueError("start goes with max_kl, max_nodes or a loss; an objective starts from scores of its own.")
     if start.space.shapes != masks.space.shapes:
         raise ValueError(f"start is a circuit over other nodes, {', '.join(start.space.granularities)} in layers {start.space.layers}, "
-                         f"than these masks ({', '.join(masks.space.granularities)} in layers {masks.space.layers}).")
+                         f"than these masks ({', '.join(masks.space.granularities)} in layers {masks.space.layers}); of other "
+                         f"granularities give start.at({list(masks.space.granularities)}).")
 
 
 def _paper(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, objective: PaperObjective, settings: Settings,

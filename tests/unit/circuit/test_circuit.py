@@ -444,3 +444,12 @@ def test_circuits_of_other_granularities_say_how_they_are_compared(toy: Toy, cir
             _ = circuit - other  # type: ignore[operator]
         with pytest.raises(TypeError):
             _ = circuit <= other  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("nodes", [{"head": [(0, 1)], "attn": []}, {"head": [(0, 1)], "attn": [(1,)]},
+                                   {"head": [(0, 1)], "attn_neuron": []},
+                                   {"mlp": [(0,)], "mlp_neuron": [(1, 0)]}, {"layer": [(0,)], "head": [(1, 0)], "mlp": []}])
+def test_nodes_that_would_be_dropped_are_refused(toy: Toy, nodes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"nodes: .* can't be kept, since all above it, or all below, is cut"):
+        tlnp.Circuit.from_nodes(toy[0], nodes)
+    assert tlnp.Circuit.from_nodes(toy[0], {"layer": [(0,)], "head": []}).count() == {"layer": 1, "head": 0}, "its MLP is not gated"
