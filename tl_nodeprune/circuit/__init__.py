@@ -19,11 +19,11 @@ from tl_nodeprune.circuit.about import About, figure, versions
 from tl_nodeprune.circuit.circuit import Circuit
 from tl_nodeprune.circuit.conversion import leaves_of, set_to, to_circuit
 from tl_nodeprune.circuit.effects import DIRECTIONS, Effects
-from tl_nodeprune.circuit.evaluation import Evaluation, Metrics, evaluate
+from tl_nodeprune.circuit.evaluation import Evaluation, Metrics, PromptMetrics, evaluate
 from tl_nodeprune.circuit.scores import SIZES, NodeScores, check_sizes, ranks
 from tl_nodeprune.circuit.view import common, tells_apart
 
 __all__ = [
-    "DIRECTIONS", "SIZES", "About", "Circuit", "Effects", "Evaluation", "Metrics", "NodeScores", "check_sizes", "common", "evaluate",
-    "figure", "files", "leaves_of", "ranks", "set_to", "tells_apart", "to_circuit", "versions",
+    "DIRECTIONS", "SIZES", "About", "Circuit", "Effects", "Evaluation", "Metrics", "NodeScores", "PromptMetrics", "check_sizes", "common",
+    "evaluate", "figure", "files", "leaves_of", "ranks", "set_to", "tells_apart", "to_circuit", "versions",
 ]
