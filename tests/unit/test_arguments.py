@@ -45,6 +45,9 @@ NOT_CALLED_BY_USERS = {
     "PaperObjective.train", "PaperObjective.sparsity", "Circuit.hooks_on", "Ablation.values", "PromptPairs.check_corrupted"}
 
 
+PUT_ON = (tlnp.NodeMasks.set_to, tlnp.NodeMasks.to_circuit)  # functions as methods: their masks are the method's own
+
+
 def public() -> dict[str, Callable[..., Any]]:
     """Every public function, class and method that takes arguments, by name."""
     found: dict[str, Callable[..., Any]] = {}
@@ -54,14 +57,16 @@ def public() -> dict[str, Callable[..., Any]]:
         found |= {key: value for key, value in inside.items() if callable(value)}
     for key, kind in list(found.items()):
         if kind in CLASSES:
-            found |= {f"{key}.{name}": getattr(kind, name) for name in vars(kind)
+            own = {name for one in kind.__mro__ if one.__module__.startswith("tl_nodeprune") for name in vars(one)}
+            found |= {f"{key}.{name}": getattr(kind, name) for name in sorted(own)
                       if not name.startswith("_") and callable(getattr(kind, name))}
     return {key: function for key, function in found.items() if key not in NOT_CALLED_BY_USERS and arguments_of(function)}
 
 
 def arguments_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p for p in inspect.signature(function).parameters.values() if p.name != "self" and p.kind not in variadic]
+    own = ("self", "masks") if function in PUT_ON else ("self",)
+    return [p for p in inspect.signature(function).parameters.values() if p.name not in own and p.kind not in variadic]
 
 
 @dataclass

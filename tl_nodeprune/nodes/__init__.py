@@ -1,6 +1,7 @@
 """What a model has, and how to reach into it: this package alone knows what a hook point is.
 
-space         the nodes: granularities, hook points, shapes, what lies below what, and how many parameters live nodes need
+space         the nodes: granularities, hook points, shapes, what lies below what, what is live
+parameters    how many weights live nodes need
 probe         finds a model's nodes by one forward, and says whether the model can be used
 architecture  the probe of one layer: which of its hook points do what closing a node means
 hooks         what a hook does: keep an activation, mix in a stand-in, apply a mask, cut to the answer positions
@@ -32,6 +33,7 @@ from tl_nodeprune.nodes.checks import (
 )
 from tl_nodeprune.nodes.figures import Figured, figures
 from tl_nodeprune.nodes.hooks import answer_logits, capture, capture_nodes, mask_hooks
+from tl_nodeprune.nodes.parameters import count_parameters
 from tl_nodeprune.nodes.probe import can_slice, check_causal, check_ready, device_of, find_nodes, model_name, peak_memory, rounding
 from tl_nodeprune.nodes.scope import Exit, Scope, Scoped
 from tl_nodeprune.nodes.space import (
@@ -45,7 +47,6 @@ from tl_nodeprune.nodes.space import (
     check_granularities,
     check_layers,
     combine,
-    count_parameters,
     node_name,
     settle,
     spread,
