@@ -74,7 +74,8 @@ class About:
         ends = "" if self.interval is None else f" ({figures(self.interval[0])} to {figures(self.interval[1])}, 90 %)"
         on = f" on {_prompts(self.held_out)} held out" if self.held_out else ""
         right = "" if self.accuracy is None else f", {self.accuracy:.0%} with the answer preferred"
-        verdict = {True: ", converged", False: ", NOT converged", None: ", untested"}[self.converged]
+        asked_for_kl = not self.budget.startswith(("max_nodes", "objective"))  # of these True says nothing about the figure
+        verdict = {True: ", converged" * asked_for_kl, False: ", NOT converged", None: ", untested"}[self.converged]
         return f"{self.loss or 'KL'} {figures(self.kl)}{unit}{ends}{on}{right}{verdict}"
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from tl_nodeprune.circuit import Circuit, NodeScores, evaluate, files
-from tl_nodeprune.cli.inputs import add_model_and_task, check_page, check_task, inputs_of, make_folder, model_of, prompts_of
+from tl_nodeprune.cli.inputs import add_model_and_task, check_page, check_source, inputs_of, make_folder, model_of, prompts_of
 from tl_nodeprune.cli.output import print_table
 from tl_nodeprune.evidence import compare, report
 from tl_nodeprune.masks import as_ablation
@@ -69,7 +69,7 @@ def _check_out(args: argparse.Namespace, read: dict[str, Path]) -> None:
 
 def _read(args: argparse.Namespace) -> tuple[Circuit, Any, Any]:
     """The circuit, the model and the prompts of a command line, after a look at the files to write."""
-    check_task(args.task)
+    check_source(args)
     check_counts(batch_size=args.batch_size)
     _check_out(args, inputs_of(args) | {"the circuit": args.circuit})
     circuit = Circuit.load(args.circuit)
@@ -120,7 +120,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _rank(args: argparse.Namespace) -> None:
-    check_task(args.task)
+    check_source(args)
     as_ablation(args.ablation)
     check_granularities(args.granularities, GRANULARITIES)
     check_counts(steps=1 if args.steps is None else args.steps, batch_size=args.batch_size)

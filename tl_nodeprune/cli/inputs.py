@@ -13,7 +13,8 @@ import transformers
 
 from tl_nodeprune import toy
 from tl_nodeprune.circuit import files
-from tl_nodeprune.prompts import PromptPairs, tasks
+from tl_nodeprune.nodes import check_counts, check_device, check_seed
+from tl_nodeprune.prompts import PromptPairs, read_rows, tasks
 
 CIRCUIT, REPORT = "circuit.safetensors", "report.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,9 +67,15 @@ def make_folder(name: str, path: Path) -> None:
         raise ValueError(f"{name} {str(path)!r} cannot be written: {error}") from error
 
 
-def check_task(task: str) -> None:
-    if task not in tasks.ROWS and not Path(task).is_file():
-        raise ValueError(f"--task {task!r} is no task ({', '.join(tasks.ROWS)}) and no file.")
+def check_source(args: argparse.Namespace, least: int = 1) -> None:
+    """What can be wrong with the prompts and the device before there is a model."""
+    check_counts(least, **{"--prompts": args.prompts})
+    check_seed(args.seed)
+    check_device("--device", args.device)
+    if args.task not in tasks.ROWS:
+        if not Path(args.task).is_file():
+            raise ValueError(f"--task {args.task!r} is no task ({', '.join(tasks.ROWS)}) and no file.")
+        read_rows(args.task)
 
 
 def prompts_of(args: argparse.Namespace, model: Any) -> PromptPairs:
@@ -90,10 +97,7 @@ def load_model(name: str, device: str, dtype: str = "float32", *, trust_remote_c
                revision: str | None = None) -> Any:
     """A model by its Hugging Face name or folder, or the embedded one for "toy". Raises ValueError for a device that cannot be used, and a
     model that cannot be loaded."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"--device {device!r} cannot be used here, 'cpu' can: {error}") from error
+    check_device("--device", device)
     if device_map is not None and device != "cpu":
         raise ValueError(f"--device-map {device_map!r} goes without --device; it says where each part of the model is.")
     if name == "toy" and (device_map or revision):

@@ -19,7 +19,7 @@ from tl_nodeprune.cli.inputs import (
     REPORT,
     add_model_and_task,
     check_page,
-    check_task,
+    check_source,
     count_or_share,
     inputs_of,
     make_folder,
@@ -133,7 +133,7 @@ def _show(args: argparse.Namespace) -> None:
 
 def _show_page(args: argparse.Namespace) -> None:
     check_page(args.html)
-    check_task(args.task)
+    check_source(args)
     files.check_apart({"--html": args.html}, inputs_of(args) | {"the circuit": args.circuit})
     circuit = Circuit.load(args.circuit)
     model = model_of(args)
@@ -190,13 +190,15 @@ def _check_asked(args: argparse.Namespace, max_kl: float | None) -> None:
         raise ValueError(f"--max-kl {max_kl}; it must be a finite number above 0.")
     if args.time_limit is not None and not 0 < args.time_limit < math.inf:
         raise ValueError(f"--time-limit {args.time_limit}; it must be a finite number of seconds above 0.")
-    check_task(args.task)
+    if (most := args.max_nodes) is not None and not (most >= 1 if isinstance(most, int) else 0 < most <= 1):
+        raise ValueError(f"--max-nodes {most}; give a share above 0 and up to 1.0, or a count of 1 or more.")
+    check_source(args, least=2)
     as_ablation(args.ablation)
     check_agreement(args.agreement)
     if args.agreement is not None and max_kl is None:
         raise ValueError("--agreement goes with --max-kl, not with --max-nodes.")
     check_granularities(args.granularities, GRANULARITIES)
-    check_counts(steps=1 if args.steps is None else args.steps, batch_size=args.batch_size)
+    check_counts(**{"--steps": 1 if args.steps is None else args.steps, "--batch-size": args.batch_size})
     if args.html:
         check_page(args.html)
     if args.out.exists() and not args.out.is_dir():

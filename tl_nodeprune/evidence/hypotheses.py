@@ -82,7 +82,7 @@ def independence(complement: Float[Tensor, "prompt"], full: Float[Tensor, "promp
 
     statistic = HSIC, `tr(K H L H) / n**2`, with Gaussian kernels K, L of the two scores, bandwidths the median distances (Gretton et al.
     2005, the biased estimate), H = 1 - 1/n. Null: the scores of the complement and of the full model are independent over prompts.
-    p-value: permutation test, the share of pairings by lot with a statistic at least as large. Passed where the null is not rejected.
+    p-value: permutation test, the share of random pairings with a statistic at least as large. Passed where the null is not rejected.
     complement, full: scores (logit differences) of the model without the circuit and of the full model.
 
     Source: arXiv:2410.13032, independence, in our reading. Raises: ValueError for fewer than 20 prompts, scores of unequal number, or
@@ -118,7 +118,7 @@ def minimality(effects: Float[Tensor, "unit"], reference: Float[Tensor, "draw"],
     """Does every unit of the circuit matter more than a unit at random?
 
     effects: the change of score by removing each unit from the circuit, mean over prompts of its absolute value. reference: the same for
-    units by lot, each one of a random path that was added to the circuit first. A unit's statistic is the number of draws with a smaller
+    units at random, each one of a random path that was added to the circuit first. A unit's statistic is the number of draws with a smaller
     effect than its own. Its null: at most the share `quantile` of random units have a smaller effect; its p-value is binomial, one-sided,
     and times the number of units (Bonferroni). Passed where the null is rejected for every unit.
 

@@ -19,6 +19,7 @@ from tl_nodeprune.nodes import (
     NodeSpace,
     Scope,
     Scoped,
+    check_device,
     check_ready,
     check_types,
     combine,
@@ -44,9 +45,12 @@ class NodeMasks(nn.Module):
     def __init__(self, space: NodeSpace, *, ablation: str | Ablation = "interchange", gate: Gate | None = None,
                  device: torch.device | str | None = None) -> None:
         check_types(NodeMasks.__init__, locals())
+        if device is not None:
+            check_device("device", device)
         super().__init__()
         self.space, self.gate = space, gate or HardConcrete()
         self.ablation = self.asked_ablation = as_ablation(ablation)  # the second stays as asked for, not fitted to any prompts here
+        self.ablation.check_fits(space)
         self._hooks = frozenset(space.hooks)
         self.scores = nn.ParameterDict({
             gate_name(key): nn.Parameter(torch.full(shape, self.gate.open_score, device=device, dtype=torch.float32))
@@ -123,9 +127,11 @@ class NodeMasks(nn.Module):
         """Inside, forwards on `prompts.clean` take their stand-ins from these prompts (for "interchange": one run on the
         corrupted ones, here, without gradient). "mean" and "optimal" are fitted on the first prompts given and stay so.
 
-        Raises: ValueError where the prompts do not fit the model; inside, for "interchange", for a forward on other prompts.
+        Raises: ValueError where the prompts do not fit the model; inside, for "interchange", for a forward on other prompts; RuntimeError
+        where the masks are not attached, or the model is in training mode with dropout.
         """
         check_types(NodeMasks.paired, locals())
+        check_ready(self.model)
         prompts.check_fits(self.model)
         with self.inactive():
             self.ablation = self.ablation.fit(self.model, prompts, self.space.hooks)
@@ -172,6 +178,7 @@ class NodeMasks(nn.Module):
 
     def _attachment(self, model: Any) -> Attachment:
         _check_free(model)
+        check_ready(model)
         attachment = Attachment(model, lambda: mask_hooks(self.space.hooks, self._mask_in_forward, self._stand_in), owner=self,
                                 tokens=lambda: stand_ins[1] if (stand_ins := self._stand_ins.now) else None, freeze=True)
         self._attached = (model, attachment)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import LensHandle
 
-from tl_nodeprune.nodes.checks import check_model
+from tl_nodeprune.nodes.checks import check_model, reraise_memory
 from tl_nodeprune.nodes.scope import Scope, Token
 
 T = TypeVar("T")
@@ -241,7 +241,9 @@ def hooks_of_others(model: Any) -> str:
 
 
 def failed(model: Any, tokens: Tensor, why: str, error: Exception) -> ValueError:
-    """The error to raise where a model's forward fails on tokens that this library looks at it with: it names a user's own hooks."""
+    """The error to raise where a model's forward fails on tokens that this library looks at it with: it names a user's own hooks. Raises
+    the error itself where memory ran out."""
+    reraise_memory(error)
     theirs = hooks_of_others(model)
     hint = (f"There are hooks of your own on it, at {theirs}: make them work for prompts of any length, or take them off for this call "
             "(model.reset_hooks())." if theirs else "Does `model(tokens)` run?")

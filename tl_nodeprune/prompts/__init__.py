@@ -10,9 +10,10 @@ preference  whether the full model does the task at all, and in both directions
 from __future__ import annotations
 
 from tl_nodeprune.prompts import tasks
-from tl_nodeprune.prompts.pairs import PromptPairs, check_pairs, positions
-from tl_nodeprune.prompts.preference import FEWEST, SIGNIFICANT, Preference, Sample, by_prompt, preference
+from tl_nodeprune.prompts.pairs import PromptPairs, check_pairs, positions, read_rows
+from tl_nodeprune.prompts.preference import FEWEST_PROMPTS, TASK_LEVEL, Preference, Sample, by_prompt, preference
 
 __all__ = [
-    "FEWEST", "SIGNIFICANT", "Preference", "PromptPairs", "Sample", "by_prompt", "check_pairs", "positions", "preference", "tasks",
+    "FEWEST_PROMPTS", "TASK_LEVEL", "Preference", "PromptPairs", "Sample", "by_prompt", "check_pairs", "positions", "preference",
+    "read_rows", "tasks",
 ]

@@ -16,7 +16,19 @@ from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
 
-from tl_nodeprune.nodes import answer_logits, check_causal, check_counts, check_finite, check_seed, check_types, device_of, inactive
+from tl_nodeprune.nodes import (
+    answer_logits,
+    check_causal,
+    check_counts,
+    check_device,
+    check_finite,
+    check_ready,
+    check_seed,
+    check_types,
+    device_of,
+    inactive,
+    reraise_memory,
+)
 from tl_nodeprune.prompts.checks import FILL, check_answers, check_mask, check_positions, check_tokens
 from tl_nodeprune.prompts.strings import LONG_ANSWERS, Pair, as_text, checked_text, read_pairs, words_of
 
@@ -53,7 +65,8 @@ class PromptPairs:
         order = (torch.arange(mask.shape[1], device=mask.device) + shift[:, None]) % mask.shape[1]
         for name, value in (("clean", self.clean.long()), ("corrupted", self.corrupted.long()), ("attention_mask", mask)):
             object.__setattr__(self, name, value.gather(1, order))
-        for name, value in (("answers", self.answers), ("wrong_answers", self.wrong_answers), ("answer_positions", positions - shift)):
+        for name, value in (("answers", self.answers), ("wrong_answers", self.wrong_answers),
+                            ("answer_positions", positions.long() - shift)):
             object.__setattr__(self, name, value.long())
         self._carry(torch.arange(len(mask)), {})
 
@@ -124,24 +137,7 @@ class PromptPairs:
         Raises: ValueError with the line's number for what is no such object, and what `from_strings` raises; OSError for no file.
         """
         check_types(PromptPairs.from_jsonl, locals())
-        columns: dict[str, list[Any]] = {"clean": [], "corrupted": [], "answer": [], "wrong": []}
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no UTF-8 text: {error}") from error
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                for name, column in columns.items():
-                    column.append(checked_text(row[name], name, several=name in ("answer", "wrong")))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: expected a JSON object with the keys {', '.join(columns)}; "
-                                 f"{type(error).__name__}: {error}") from error
-        if not columns["clean"]:
-            raise ValueError(f"{path} holds no prompt; expected one JSON object a line with the keys {', '.join(columns)}.")
-        return cls.from_strings(model, *columns.values(), on_error=on_error, long_answers=long_answers)
+        return cls.from_strings(model, *read_rows(path).values(), on_error=on_error, long_answers=long_answers)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -158,6 +154,7 @@ class PromptPairs:
             chosen = index if isinstance(index, slice) else torch.as_tensor(index).cpu()
             rows = torch.arange(len(self))[chosen if isinstance(chosen, slice) or chosen.numel() else slice(0)].reshape(-1)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            reraise_memory(error)
             kind = IndexError if isinstance(error, IndexError) else TypeError
             raise kind(f"index={index!r}; give a number, a slice, several numbers, or {len(self)} of True and False: {error}") from error
         if not len(rows):
@@ -203,10 +200,8 @@ class PromptPairs:
     def to(self, device: torch.device | str) -> PromptPairs:
         """The same prompts on another device. Raises: ValueError for one that cannot be used here."""
         check_types(PromptPairs.to, locals())
-        try:
-            moved = PromptPairs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-            raise ValueError(f"device={device!r} cannot be used here: {error}") from error
+        check_device("device", device)
+        moved = PromptPairs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
         return moved._carry(self.indices, self._words)
 
     def split(self, share: float, seed: int) -> tuple[PromptPairs, PromptPairs]:
@@ -221,7 +216,7 @@ class PromptPairs:
         n = int(which.max()) + 1
         if not 0 < share < 1 or n < 2:
             raise ValueError(f"split needs 0 < share < 1 and 2 different clean prompts or more; got share={share} and {n}.")
-        place = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).argsort()[which]
+        place = torch.randperm(n, generator=torch.Generator().manual_seed(int(seed))).argsort()[which]
         cut = min(max(round(share * n), 1), n - 1)
         order = place.argsort(stable=True)
         return self[order[place[order] < cut]], self[order[place[order] >= cut]]
@@ -265,9 +260,10 @@ class PromptPairs:
     def correct(self, model: Any, *, batch_size: int = 64) -> PromptPairs:
         """Those prompts that the full model answers right, whatever is attached to it now: answer logit > wrong logit.
 
-        Raises: ValueError where it answers none; FloatingPointError for NaN or inf logits.
+        Raises: ValueError where it answers none; FloatingPointError for NaN or inf logits; RuntimeError in training mode with dropout.
         """
         check_types(PromptPairs.correct, locals())
+        check_ready(model)
         right = torch.cat([batch.logit_diff(_logits(model, batch)) > 0 for batch in self.batches(batch_size)])
         if not right.any():
             raise ValueError(f"the model answers none of the {len(self)} prompts right; is the tokenizer, the task or the model another's?")
@@ -287,6 +283,7 @@ class PromptPairs:
         try:
             difference = _pooled(logits, self.answers) - _pooled(logits, self.wrong_answers)
         except RuntimeError as error:  # asked before, the largest answer would be a look from the host at every step
+            reraise_memory(error)
             raise ValueError(f"{wrong} {error}") from error
         if not torch.is_grad_enabled():
             check_finite(difference, "the logit difference")
@@ -306,6 +303,28 @@ class PromptPairs:
             raise ValueError(f"{name} have {self.clean.shape[1]} tokens, but the model's context is {n_ctx}.")
         assert self.attention_mask is not None
         check_causal(model, self.attention_mask)
+
+
+def read_rows(path: str | Path) -> dict[str, list[Any]]:
+    """The columns of a file for `from_jsonl`, as texts. Raises what that says of the file."""
+    columns: dict[str, list[Any]] = {"clean": [], "corrupted": [], "answer": [], "wrong": []}
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            for name, column in columns.items():
+                column.append(checked_text(row[name], name, several=name in ("answer", "wrong")))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: expected a JSON object with the keys {', '.join(columns)}; "
+                             f"{type(error).__name__}: {error}") from error
+    if not columns["clean"]:
+        raise ValueError(f"{path} holds no prompt; expected one JSON object a line with the keys {', '.join(columns)}.")
+    return columns
 
 
 def check_pairs(given: object, name: str = "prompts") -> None:

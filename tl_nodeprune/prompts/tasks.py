@@ -122,7 +122,7 @@ def make(task: str, model: Any, n: int, seed: int) -> PromptPairs:
         raise ValueError(f"unknown task {task!r}; allowed: {', '.join(ROWS)}.")
     check_counts(n=n)
     check_seed(seed)
-    words, rng = usable(task, model), random.Random(seed)
+    words, rng = usable(task, model), random.Random(int(seed))
     return PromptPairs.from_strings(model, *map(list, zip(*(ROWS[task](rng, words) for _ in range(n)), strict=True)))
 
 

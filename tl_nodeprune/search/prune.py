@@ -47,8 +47,8 @@ def prune(
     held_out: prompts to judge by that are never searched on; None: a quarter of `prompts` at random, 8 different ones at least where there
         are 24. From fewer the result says that the budget is untested.
     start: a circuit to better, in place of the run's own cut, where it is within the budget and smaller.
-    steps: of the training that orders all nodes; None: 265 for 5,000 nodes, 600 for 80,000. step_prompts: prompts per step, drawn at
-        random; None: 32, on CUDA 64. The cost of a step does not grow with the number of prompts.
+    steps: of the training that orders all nodes; None: 265 for 5,000 nodes, 900 for 80,000, 48 at least. step_prompts: prompts per step,
+        drawn at random; None: 32, for fewer than 1,000 nodes 16, on CUDA 64. The cost of a step does not grow with the number of prompts.
     exact_tests: with max_kl or max_loss, leaf nodes whose removal is tried exactly at the end, the likeliest first. Heads and blocks
         above them are tested too, unless the first prompts rule them out by far.
     time_limit: seconds, about; the best so far is returned then, and `stopped` says so. checkpoint: a folder in which the state is kept;
@@ -108,7 +108,8 @@ def _check_start(masks: NodeMasks, start: Circuit | None, objective: PaperObject
         raise ValueError("start goes with max_kl, max_nodes or a loss; an objective starts from scores of its own.")
     if start.space.shapes != masks.space.shapes:
         raise ValueError(f"start is a circuit over other nodes, {', '.join(start.space.granularities)} in layers {start.space.layers}, "
-                         f"than these masks ({', '.join(masks.space.granularities)} in layers {masks.space.layers}).")
+                         f"than these masks ({', '.join(masks.space.granularities)} in layers {masks.space.layers}); of other "
+                         f"granularities give start.at({list(masks.space.granularities)}).")
 
 
 def _paper(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, objective: PaperObjective, settings: Settings,
@@ -126,7 +127,7 @@ def _paper(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, objective
         history.append(Step(step, kl, size, lam))
         bar.passed(3 * min(objective.batch_size, len(searched)))
 
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(int(settings.seed))
     with torch.enable_grad():
         objective.train(masks, reference, generator, record, bar.over)
     circuit = to_circuit(masks)

@@ -13,7 +13,7 @@ import torch
 from tl_nodeprune.circuit import Circuit, NodeScores, figure, leaves_of, set_to, versions
 from tl_nodeprune.masks import NodeMasks, kl_divergence
 from tl_nodeprune.nodes import Figured, check_counts, check_types, figures, peak_memory
-from tl_nodeprune.prompts import FEWEST, SIGNIFICANT, PromptPairs
+from tl_nodeprune.prompts import FEWEST_PROMPTS, TASK_LEVEL, PromptPairs
 from tl_nodeprune.search.budget import Budget, budget_of
 from tl_nodeprune.search.cut import smallest
 from tl_nodeprune.search.held_out import ENOUGH, HeldOut
@@ -115,7 +115,7 @@ class PruneResult(Figured):
         circuit = self.ranking.top(int(row["nodes"]))
         held = HeldOut(float(row["kl"]), float(row["low"]), float(row["high"]), float(row["accuracy"]), _different(self.held_out))
         met = held.meets(budget.max_loss) if budget.smallest else True
-        no_task = _different(self.searched) >= FEWEST and self.p_value > SIGNIFICANT
+        no_task = _different(self.searched) >= FEWEST_PROMPTS and self.p_value > TASK_LEVEL
         there = replace(self, circuit=circuit, converged=False if no_task else met, kl=held.kl,
                         search_kl=float(row["search_kl"]), interval=(held.low, held.high), accuracy=held.accuracy, minimal=False, tested=0,
                         ruled_out=0, scores=NodeScores.from_circuit(circuit, within=self.ranking))
@@ -159,7 +159,7 @@ def told(masks: NodeMasks, found: PruneResult, budget: Budget, *, objective: boo
 
 def _problem(found: PruneResult, budget: Budget) -> str:
     """Why no circuit can be claimed, in words; empty where one can."""
-    if found.converged is False and found.p_value > SIGNIFICANT and (not budget.smallest or found.kl <= budget.max_loss):
+    if found.converged is False and found.p_value > TASK_LEVEL and (not budget.smallest or found.kl <= budget.max_loss):
         return ("no circuit is claimed: on these pairs the full model does not prefer the answer more on clean than on corrupted "
                 f"prompts (signed-rank test, p = {figures(found.p_value)}). Are answers and prompts in the same order?")
     if found.converged is False:

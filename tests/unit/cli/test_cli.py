@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,11 +43,11 @@ def rows() -> list[dict[str, str]]:
     ({"--agreement": "98"}, "agreement=98.0; it is a share of the prompts"),
     ({"--ablation": "noise"}, "unknown ablation 'noise'"),
     ({"--granularities": "heads"}, "unknown granularity 'heads'"),
-    ({"--prompts": "0"}, "n=0"),
-    ({"--steps": "0"}, "steps=0"),
+    ({"--prompts": "0"}, "--prompts=0; it must be a whole number, 2 or more"),
+    ({"--steps": "0"}, "--steps=0; it must be a whole number, 1 or more"),
     ({"--time-limit": "0"}, "--time-limit 0.0; it must be a finite number of seconds above 0"),
     ({"--max-nodes": "0.1", "--agreement": "0.9"}, "--agreement goes with --max-kl"),
-    ({"--device": "cuda:99"}, "--device 'cuda:99' cannot be used here"),
+    ({"--device": "cuda:99"}, "--device 'cuda:99' cannot compute here; this machine has cpu"),
     ({"--out": __file__}, "test_cli.py' is a file; give a folder"),
     ({"--out": ""}, "--out is ''; give a name"), ({"--html": ""}, "--html is ''"), ({"--checkpoint": ""}, "--checkpoint is ''"),
     ({"--model": ""}, "--model is ''"), ({"--task": ""}, "--task is ''"), ({"--html": "/dev/null"}, "'/dev/null' is a device"),
@@ -57,6 +58,24 @@ def test_bad_input_is_one_line_and_2(tmp_path: Path, capsys: pytest.CaptureFixtu
     error = capsys.readouterr().err
     assert text in error and error.startswith("tl-nodeprune: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("option", "given"), [
+    ("--max-nodes", "0"), ("--max-nodes", "-3"), ("--max-nodes", "1.5"), ("--max-nodes", "nan"), ("--max-nodes", "-0.1"), ("--max-kl", "0"),
+    ("--max-kl", "inf"), ("--agreement", "nan"), ("--agreement", "1.01"), ("--seed", "-1"), ("--seed", "9" * 30), ("--prompts", "0"),
+    ("--prompts", "1"), ("--prompts", "-5"), ("--steps", "-1"), ("--batch-size", "0"), ("--time-limit", "-1"), ("--time-limit", "nan"),
+    ("--device", "meta"), ("--device", "mkldnn"), ("--device", "vulkan"), ("--device", "cuda:-1"), ("--device", "hpu"), ("--device", ""),
+    ("--ablation", "x"), ("--granularities", "x"), ("--task", "rows.jsonl")])
+def test_what_needs_no_model_is_refused_before_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, given: str,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(json.dumps(ROW) + "\n[]\n")
+    options = {"--model": "no/such/model", "--task": "ioi", "--out": "out", option: given}
+    assert main(["prune", *(f"{name}={value}" for name, value in options.items())]) == 2
+    error = capsys.readouterr().err
+    name = {"--granularities": "granularity", "--task": "rows.jsonl, line 2"}.get(option, option.removeprefix("--"))
+    assert re.match(rf"tl-nodeprune: .*({name}|{option[2:].replace('-', '_')})", error), error
+    assert "no/such/model" not in error and error.count("\n") == 1 and not Path("out").exists()
 
 
 @pytest.mark.parametrize(("bad", "text"), [("{", "line 2"), (json.dumps(ROW | {"answer": " Mary John"}), "2 tokens"),
@@ -282,7 +301,9 @@ def test_show_writes_a_page(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixt
     ({"--html": str(Path(__file__).parent)}, "is a folder; give the name of a file"),
     ({"--html": __file__ + "/page.html"}, "test_cli.py' is a file"),
     ({"--task": "chess"}, "'chess' is no task"),
-    ({"--prompts": "0"}, "n=0"),
+    ({"--prompts": "0"}, "--prompts=0; it must be a whole number, 1 or more"),
+    ({"--model": "no/model", "--seed": "-1"}, "seed=-1"),
+    ({"--model": "no/model", "--device": "meta"}, "--device 'meta' cannot compute here"),
 ])
 def test_show_refuses_in_one_line(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str], text: str) -> None:
     saved_circuit(toy, tmp_path / "c.safetensors")

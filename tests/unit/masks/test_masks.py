@@ -89,8 +89,15 @@ def test_training_mode_with_dropout(fresh_toy: Toy, no_hooks_left: Callable[[Any
     model.eval()
     masks = model.add_node_masks()
     model.train()
-    with pytest.raises(RuntimeError, match="training mode with dropout"):
-        masks.prune(prompts, max_kl=0.1, progress=False)
+    spare = tlnp.NodeMasks(masks.space)
+    for use in (lambda: masks.prune(prompts, max_kl=0.1, progress=False), lambda: masks.paired(prompts), lambda: prompts.correct(model),
+                lambda: tlnp.Ablation("mean").fit(model, prompts, masks.space.hooks)):
+        with pytest.raises(RuntimeError, match="training mode with dropout"):
+            use()
+    masks.remove()
+    for put_on in (spare.attach, spare.on):
+        with pytest.raises(RuntimeError, match="training mode with dropout"):
+            put_on(model)
 
 
 def test_nodes_of_the_toy(each_toy: Toy) -> None:
@@ -318,7 +325,11 @@ def test_gradient_checkpointing_is_refused(fresh_toy: Toy, no_hooks_left: Callab
     model.train()
     with pytest.raises(RuntimeError, match="gradient_checkpointing_disable"):
         masks.prune(prompts, max_kl=0.1, progress=False)
+    with pytest.raises(RuntimeError, match="gradient_checkpointing_disable"):
+        masks.paired(prompts)
+    model.eval()
     with masks.paired(prompts), masks.sampling(torch.Generator()):
+        model.train()  # after the look at it
         loss = model(prompts.clean).sum()
         with pytest.raises(RuntimeError, match="runs the model again in the backward pass"):
             loss.backward()
