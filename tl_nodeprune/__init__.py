@@ -18,6 +18,8 @@ from tl_nodeprune.circuit.circuit import Circuit
 from tl_nodeprune.circuit.scores import NodeScores
 from tl_nodeprune.evidence import crosscheck, hypotheses
 from tl_nodeprune.evidence.evaluation import Evaluation, evaluate
+from tl_nodeprune.evidence.explain import explain
+from tl_nodeprune.evidence.explanation import Explanation
 from tl_nodeprune.evidence.report import report
 from tl_nodeprune.evidence.reporting import Report
 from tl_nodeprune.masks.ablation import Ablation
@@ -32,8 +34,8 @@ from tl_nodeprune.search import Estimate, PaperObjective, PruneResult, Sweep, es
 
 __version__ = "0.1.0"
 __all__ = [
-    "GRANULARITIES", "Ablation", "Circuit", "Estimate", "Evaluation", "HardConcrete", "NodeMasks", "NodeScores", "PaperObjective",
-    "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "crosscheck", "estimate", "evaluate", "hypotheses",
+    "GRANULARITIES", "Ablation", "Circuit", "Estimate", "Evaluation", "Explanation", "HardConcrete", "NodeMasks", "NodeScores", "PaperObjective",
+    "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "crosscheck", "estimate", "evaluate", "explain", "hypotheses",
     "kl_divergence", "mib", "prune", "rank", "remove_node_masks", "report", "sweep", "tasks", "toy", "viz",
 ]
 

@@ -1,0 +1,184 @@
+"""What an explanation of a circuit holds, and its forms: three sentences, a table, frames, HTML."""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from tl_nodeprune.evidence.evaluation import Metrics
+from tl_nodeprune.evidence.units import Unit
+
+STANDS_OUT = 0.1
+"""Of the logit difference that separates the full model from the ablated one: what cutting a node must change, at least, to be named."""
+LEADS = 0.05
+"""The same for a path."""
+WHOLE_TASK = 0.5
+"""Of that logit difference: what a circuit must keep to be said to do the task."""
+
+LOGITS = "logits"
+"""The receiver of paths that lead to the final norm and the unembedding."""
+
+TERMS: Mapping[str, str] = {
+    "circuit": "the nodes that are kept; every other node is ablated: something else stands in for its output",
+    "node": "a part of the model that can be cut: here a head, an attention block or an MLP block, with all of it that is kept. "
+            "Head 4.4 is head 4 of layer 4; MLP 0 is the MLP block of layer 0; layers and heads count from 0",
+    "logit difference": "the logit of the answer minus that of the wrong answer, where the answer is predicted; mean over prompts; above 0 "
+                        "the answer is the more likely one",
+    "effect": "what cutting the node from the circuit changes: the logit difference without it minus that with it. -2.00: cutting it lowers "
+              "the logit difference by 2.00",
+    "KL": "KL(full model || circuit) in nats, at the answer position: 0 where the circuit predicts exactly as the full model. Its rise is "
+          "what cutting the node adds",
+    "writes": "direct logit attribution: the logit difference that the node's output gives by itself, through the final norm and the "
+              "unembedding, as a share of the circuit's",
+    "attends to": "where the head's attention goes from the answer position, as a share of 1, by what a token is to the task; mean over "
+                  "prompts, in the circuit",
+    "promotes": "the tokens whose logits the node's output raises most by itself, above the mean of all tokens; mean over prompts",
+    "path": "the effect of cutting one connection: the receiver sees the sender's stand-in, every other node sees the sender as it is",
+}
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """An MLP neuron, layer.index. effect: as a node's. promotes: the tokens that it raises when it is more active. top: the clean prompts
+    that it is most active on, with its largest activation there and the token that it has it at."""
+
+    layer: int
+    index: int
+    effect: float
+    promotes: tuple[str, ...]
+    at_answer: float
+    top: tuple[tuple[float, str, str], ...]
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.index}"
+
+
+@dataclass(frozen=True, eq=False)
+class NodeRole:
+    """What one kept node does.
+
+    effect: logit difference of the circuit without it minus that of the circuit; interval: 95 %, over prompts (NaN for one prompt).
+    kl: by how much the KL to the full model rises without it, nats. direct: the logit difference that it writes itself, NaN where that
+    cannot be seen. attends: attention from the answer position by role, the largest first; even: what a head that attends to all tokens alike
+    would have. top: share of prompts on which the answer is the token that it promotes most. example: of what it attends to, on the first
+    prompt: from which token to which.
+    """
+
+    unit: Unit
+    effect: float
+    interval: tuple[float, float]
+    kl: float
+    stands_out: bool
+    direct: float = math.nan
+    attends: Mapping[str, float] = field(default_factory=dict)
+    even: Mapping[str, float] = field(default_factory=dict)
+    example: tuple[str, str] = ("", "")
+    promotes: tuple[str, ...] = ()
+    demotes: tuple[str, ...] = ()
+    top: float = math.nan
+    neurons: tuple[Neuron, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return str(self.unit)
+
+    def attention(self, most: int = 2) -> str:
+        """The roles that it attends to most, with their shares."""
+        return "; ".join(f"{role} {share:.0%}" for role, share in list(self.attends.items())[:most])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Explanation:
+    """What a circuit does, in three sentences and a few nodes; made by `tl_nodeprune.explain`. `print` it; a notebook shows it as HTML.
+
+    sentences: three. nodes: those that matter most, by the size of their effect. effects: a frame with a row for every kept head and
+    block: node, effect, kl. edges: a frame with a row for each path between the nodes, and from them to the logits: sender, receiver,
+    effect; the largest first. circuit, full, ablated: metrics of the circuit, the full model and the model with every node of the circuit's
+    space cut. n_prompts; n_paths: on how many of them the paths were measured. notes: what cannot be shown, and why.
+    """
+
+    sentences: tuple[str, str, str]
+    nodes: tuple[NodeRole, ...]
+    effects: pd.DataFrame
+    edges: pd.DataFrame
+    circuit: Metrics
+    full: Metrics
+    ablated: Metrics
+    ablation: str
+    n_prompts: int
+    n_paths: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The three sentences."""
+        return " ".join(self.sentences)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per node: node, effect, low, high, kl, direct, attends_to, promotes, demotes, neurons."""
+        rows = [{"node": node.name, "effect": node.effect, "low": node.interval[0], "high": node.interval[1], "kl": node.kl,
+                 "direct": node.direct, "attends_to": dict(node.attends), "promotes": node.promotes, "demotes": node.demotes,
+                 "neurons": tuple(map(str, node.neurons))} for node in self.nodes]
+        return pd.DataFrame(rows)
+
+    def table(self) -> pd.DataFrame:
+        """`to_frame` in words, figures to three digits."""
+        rows = [{"node": node.name, "effect": figure(node.effect, sign=True), "KL rise": figure(node.kl, sign=True),
+                 "writes": share(node.direct, self.circuit.logit_diff), "attends to, or neurons": _attends(node),
+                 "promotes": " ".join(node.promotes[:3])} for node in self.nodes]
+        return pd.DataFrame(rows, columns=["node", "effect", "KL rise", "writes", "attends to, or neurons", "promotes"])
+
+    def __repr__(self) -> str:
+        lines = [textwrap.fill(sentence, 100) for sentence in self.sentences]
+        table = self.table().to_string(index=False, justify="left", max_colwidth=60)
+        notes = [textwrap.fill(note, 100) for note in (UNITS, *self.notes)]
+        return "\n".join([*lines, "", table, "", *notes])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th style='text-align:left'>{html.escape(name)}</th>" for name in self.table())
+        rows = "".join(f"<tr>{''.join(_cell(name, value) for name, value in row.items())}</tr>" for row in self.table().to_dict("records"))
+        text = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)
+        notes = "".join(f"<p><small>{html.escape(note)}</small></p>" for note in (UNITS, *self.notes))
+        return (f"<div class='explanation'>{text}<div style='overflow-x:auto'><table><thead><tr>{head}</tr></thead>"
+                f"<tbody>{rows}</tbody></table></div>{notes}</div>")
+
+
+UNITS = ("effect: the logit difference (answer minus wrong answer) without the node minus that with it. KL rise: what cutting the node adds "
+         "to the KL from the full model, nats. writes: the logit difference that its output gives by itself, as a share of the circuit's.")
+
+
+def figure(value: float, *, sign: bool = False) -> str:
+    """A number with three figures: 1.30, -0.0123, 1,234."""
+    if math.isnan(value):
+        return ""
+    if abs(value) < 0.0005:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:+,.{min(digits, 5)}f}" if sign else f"{value:,.{min(digits, 5)}f}"
+    return text
+
+
+def share(part: float, of: float) -> str:
+    """A part as a share; empty where it is not known or there is nothing to have a share of."""
+    return "" if math.isnan(part) or abs(of) < 1e-6 else f"{part / of:.0%}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else ""
+
+
+def _attends(node: NodeRole) -> str:
+    if node.neurons:
+        return "neurons " + ", ".join(f"{neuron} ({figure(neuron.effect, sign=True)})" for neuron in node.neurons)
+    return node.attention()
+
+
+def _cell(name: str, value: str) -> str:
+    number = name in ("effect", "KL rise", "writes")
+    return f"<td style='text-align:{'right' if number else 'left'}'>{html.escape(str(value))}</td>"
