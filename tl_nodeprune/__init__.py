@@ -34,9 +34,9 @@ from tl_nodeprune.search import Estimate, PaperObjective, PruneResult, Sweep, es
 
 __version__ = "0.1.0"
 __all__ = [
-    "GRANULARITIES", "Ablation", "Circuit", "Estimate", "Evaluation", "Explanation", "HardConcrete", "NodeMasks", "NodeScores", "PaperObjective",
-    "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "crosscheck", "estimate", "evaluate", "explain", "hypotheses",
-    "kl_divergence", "mib", "prune", "rank", "remove_node_masks", "report", "sweep", "tasks", "toy", "viz",
+    "GRANULARITIES", "Ablation", "Circuit", "Estimate", "Evaluation", "Explanation", "HardConcrete", "NodeMasks", "NodeScores",
+    "PaperObjective", "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "crosscheck", "estimate", "evaluate",
+    "explain", "hypotheses", "kl_divergence", "mib", "prune", "rank", "remove_node_masks", "report", "sweep", "tasks", "toy", "viz",
 ]
 
 

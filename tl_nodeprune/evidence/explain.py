@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tl_nodeprune.circuit.circuit import Circuit
 from tl_nodeprune.circuit.runs import Runs, Scores
-from tl_nodeprune.evidence.evaluation import Metrics
 from tl_nodeprune.evidence.circuit_run import CircuitRun
+from tl_nodeprune.evidence.evaluation import Metrics
 from tl_nodeprune.evidence.explanation import LOGITS, STANDS_OUT, Explanation, NodeRole
 from tl_nodeprune.evidence.node_roles import describe
 from tl_nodeprune.evidence.path_patching import Edge, path_effects
@@ -69,8 +69,8 @@ def explain(model: Any, circuit: Circuit, prompts: PromptPairs, *, nodes: int = 
     edges = pd.DataFrame([{"sender": str(sender), "receiver": str(receiver or LOGITS), "effect": float(values.mean())}
                           for (sender, receiver), values in paths.items()], columns=["sender", "receiver", "effect"])
     edges = edges.sort_values("effect", key=lambda column: -column.abs(), kind="stable", ignore_index=True)
-    draft = Explanation(("", "", ""), tuple(shown), effects, edges, *map(_metrics, (itself, full, ablated)), circuit.ablation.name,
-                        len(prompts), min(len(prompts), PATHS), tuple(notes))
+    draft = Explanation(("", "", ""), tuple(shown), effects, edges, _metrics(itself), _metrics(full), _metrics(ablated),
+                        circuit.ablation.name, len(prompts), min(len(prompts), PATHS), tuple(notes))
     return replace(draft, sentences=sentences_of(draft))
 
 

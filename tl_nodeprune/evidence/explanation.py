@@ -27,8 +27,8 @@ TERMS: Mapping[str, str] = {
     "circuit": "the nodes that are kept; every other node is ablated: something else stands in for its output",
     "node": "a part of the model that can be cut: here a head, an attention block or an MLP block, with all of it that is kept. "
             "Head 4.4 is head 4 of layer 4; MLP 0 is the MLP block of layer 0; layers and heads count from 0",
-    "logit difference": "the logit of the answer minus that of the wrong answer, where the answer is predicted; mean over prompts; above 0 "
-                        "the answer is the more likely one",
+    "logit difference": "the logit of the answer minus that of the wrong answer, at the answer position, where the model predicts it; mean "
+                        "over prompts; above 0 the answer is the more likely one",
     "effect": "what cutting the node from the circuit changes: the logit difference without it minus that with it. -2.00: cutting it lowers "
               "the logit difference by 2.00",
     "KL": "KL(full model || circuit) in nats, at the answer position: 0 where the circuit predicts exactly as the full model. Its rise is "
@@ -63,10 +63,10 @@ class NodeRole:
     """What one kept node does.
 
     effect: logit difference of the circuit without it minus that of the circuit; interval: 95 %, over prompts (NaN for one prompt).
-    kl: by how much the KL to the full model rises without it, nats. direct: the logit difference that it writes itself, NaN where that
-    cannot be seen. attends: attention from the answer position by role, the largest first; even: what a head that attends to all tokens alike
-    would have. top: share of prompts on which the answer is the token that it promotes most. example: of what it attends to, on the first
-    prompt: from which token to which.
+    kl: by how much the KL to the full model rises without it, nats. to_answer, to_wrong: what it adds itself to the logit of the answer and
+    of the wrong answer, from the mean over all tokens; NaN where that cannot be seen. attends: attention from the answer position by role,
+    the largest first; even: what a head that attends to all tokens alike would have. example: of what it attends to, on the first prompt:
+    from which token to which.
     """
 
     unit: Unit
@@ -74,22 +74,28 @@ class NodeRole:
     interval: tuple[float, float]
     kl: float
     stands_out: bool
-    direct: float = math.nan
+    to_answer: float = math.nan
+    to_wrong: float = math.nan
     attends: Mapping[str, float] = field(default_factory=dict)
     even: Mapping[str, float] = field(default_factory=dict)
     example: tuple[str, str] = ("", "")
     promotes: tuple[str, ...] = ()
     demotes: tuple[str, ...] = ()
-    top: float = math.nan
     neurons: tuple[Neuron, ...] = ()
 
     @property
     def name(self) -> str:
         return str(self.unit)
 
-    def attention(self, most: int = 2) -> str:
-        """The roles that it attends to most, with their shares."""
-        return "; ".join(f"{role} {share:.0%}" for role, share in list(self.attends.items())[:most])
+    @property
+    def direct(self) -> float:
+        """The logit difference that it writes itself, `to_answer - to_wrong`."""
+        return self.to_answer - self.to_wrong
+
+    def attention(self, most: int = 2) -> list[tuple[str, float, float]]:
+        """The roles that get most of its attention, and more than even attention would give them: role, share, even share."""
+        rows = [(role, part, self.even.get(role, 0.0)) for role, part in self.attends.items()]
+        return [row for row in rows if row[1] > row[2]][:most]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -128,16 +134,14 @@ class Explanation:
 
     def table(self) -> pd.DataFrame:
         """`to_frame` in words, figures to three digits."""
-        rows = [{"node": node.name, "effect": figure(node.effect, sign=True), "KL rise": figure(node.kl, sign=True),
-                 "writes": share(node.direct, self.circuit.logit_diff), "attends to, or neurons": _attends(node),
-                 "promotes": " ".join(node.promotes[:3])} for node in self.nodes]
-        return pd.DataFrame(rows, columns=["node", "effect", "KL rise", "writes", "attends to, or neurons", "promotes"])
+        rows = [[node.name, figure(node.effect, sign=True), figure(node.kl, sign=True), share(node.direct, self.circuit.logit_diff),
+                 _work(node), " ".join(node.promotes[:3])] for node in self.nodes]
+        return pd.DataFrame(rows, columns=["node", *FIGURES, "attends to, or neurons (effect)", "promotes"])
 
     def __repr__(self) -> str:
-        lines = [textwrap.fill(sentence, 100) for sentence in self.sentences]
-        table = self.table().to_string(index=False, justify="left", max_colwidth=60)
+        paragraphs = [textwrap.fill(text, 100) for text in self.sentences]
         notes = [textwrap.fill(note, 100) for note in (UNITS, *self.notes)]
-        return "\n".join([*lines, "", table, "", *notes])
+        return "\n".join([*paragraphs, "", *_aligned(self.table()), "", *notes])
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th style='text-align:left'>{html.escape(name)}</th>" for name in self.table())
@@ -148,8 +152,10 @@ class Explanation:
                 f"<tbody>{rows}</tbody></table></div>{notes}</div>")
 
 
-UNITS = ("effect: the logit difference (answer minus wrong answer) without the node minus that with it. KL rise: what cutting the node adds "
-         "to the KL from the full model, nats. writes: the logit difference that its output gives by itself, as a share of the circuit's.")
+FIGURES = ("effect", "KL rise", "writes")
+UNITS = ("effect: the logit difference (answer minus wrong answer) without the node minus that with it. KL rise: what cutting the node "
+         "adds to the KL from the full model, nats. writes: the logit difference that its output gives by itself, as a share of the "
+         "circuit's.")
 
 
 def figure(value: float, *, sign: bool = False) -> str:
@@ -173,12 +179,19 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]])) if words else ""
 
 
-def _attends(node: NodeRole) -> str:
+def _work(node: NodeRole) -> str:
     if node.neurons:
-        return "neurons " + ", ".join(f"{neuron} ({figure(neuron.effect, sign=True)})" for neuron in node.neurons)
-    return node.attention()
+        return ", ".join(f"{neuron} ({figure(neuron.effect, sign=True)})" for neuron in node.neurons)
+    return "; ".join(f"{role} {part:.0%}" for role, part, _ in node.attention())
+
+
+def _aligned(table: pd.DataFrame) -> list[str]:
+    """Lines of a table of strings, figures to the right."""
+    columns = [[name, *table[name]] for name in table]
+    widths = [max(map(len, column)) for column in columns]
+    return ["  ".join(f"{cell:>{width}}" if column[0] in FIGURES else f"{cell:<{width}}"
+                      for cell, column, width in zip(row, columns, widths, strict=True)).rstrip() for row in zip(*columns, strict=True)]
 
 
 def _cell(name: str, value: str) -> str:
-    number = name in ("effect", "KL rise", "writes")
-    return f"<td style='text-align:{'right' if number else 'left'}'>{html.escape(str(value))}</td>"
+    return f"<td style='text-align:{'right' if name in FIGURES else 'left'}'>{html.escape(str(value))}</td>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from tl_nodeprune.nodes.attachment import temporary_hooks
 from tl_nodeprune.nodes.checks import FILL
-from tl_nodeprune.prompts.pairs import PromptPairs
 
 _SCALE = "ln_final.hook_scale"
 _CLOSE = 1e-2  # of the logits' spread: what the linear map may miss, with room for half precision
@@ -58,17 +58,32 @@ class Readout:
         return normed.float(), scales[-1].reshape(len(stream), -1)[:, :1].float()
 
 
-def answer_minus_wrong(added: Float[Tensor, "prompt d_vocab"], logits: Float[Tensor, "prompt d_vocab"],
-                       prompts: PromptPairs) -> Float[Tensor, "prompt"]:
-    """What logits that are added give the logit difference. Exact for one answer and one wrong answer; of several, first order: each counts
-    by its probability among them in the run."""
-    return _weighted(added, logits, prompts.answers) - _weighted(added, logits, prompts.wrong_answers)
-
-
-def _weighted(added: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
+def weighted(added: Float[Tensor, "prompt d_vocab"], logits: Float[Tensor, "prompt d_vocab"], tokens: Tensor) -> Float[Tensor, "prompt"]:
+    """What is added to the logits of each row's tokens, an answer or several: exact for one; of several, each counts by its probability
+    among them in the run, which is the first order of their log-sum-exp."""
     table = tokens if tokens.ndim == 2 else tokens[:, None]
     picked = logits.gather(1, table.clamp(min=0)).masked_fill(table == FILL, -torch.inf)
     return (added.gather(1, table.clamp(min=0)) * picked.softmax(1)).sum(1)
+
+
+def top_tokens(model: Any, logits: Float[Tensor, "d_vocab"], most: int = 5) -> tuple[str, ...]:
+    """The tokens of the largest values as texts, without those that the tokenizer has no text for."""
+    best = logits.topk(min(4 * most, len(logits))).indices.tolist()
+    texts = dict.fromkeys(text for token in best if (text := token_text(model, token).strip()))
+    return tuple(texts)[:most]
+
+
+def token_text(model: Any, token: int) -> str:
+    """A token as text, with the space before it; its id where the model has no tokenizer."""
+    if getattr(model, "tokenizer", None) is None:
+        return str(token)
+    once, twice = (str(model.tokenizer.decode([token] * n)) for n in (1, 2))  # a tokenizer may drop the first space of a text
+    return twice[len(once):] or once
+
+
+def prompt_text(model: Any, tokens: Sequence[int]) -> str:
+    """Tokens as text; their ids where the model has no tokenizer."""
+    return str(model.tokenizer.decode(tokens)) if getattr(model, "tokenizer", None) is not None else " ".join(map(str, tokens))
 
 
 def _centred(logits: Tensor) -> Tensor:

@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-from tl_nodeprune.evidence.explanation import (
-    LEADS,
-    LOGITS,
-    STANDS_OUT,
-    WHOLE_TASK,
-    Explanation,
-    NodeRole,
-    figure,
-    listed,
-    share,
-)
+from tl_nodeprune.evidence.explanation import LEADS, STANDS_OUT, WHOLE_TASK, Explanation, NodeRole, figure, listed, share
 
 _NAMED = 4  # nodes that a sentence names one by one
 
@@ -21,8 +11,8 @@ def sentences_of(found: Explanation) -> tuple[str, str, str]:
     """What the circuit does as a whole and by which nodes; what the strongest of them does; what it reads and where its work goes."""
     named = [node for node in found.nodes if node.stands_out] if does_the_task(found) else []
     if not named:
-        return _whole(found), _nothing(found), ("So the numbers below say little about a single node: read them as a list of what was tried, "
-                                                "not as a finding.")
+        nothing = "So the numbers below say little about a single node: read them as a list of what was tried, not as a finding."
+        return _whole(found), _nothing(found), nothing
     return f"{_whole(found)[:-1]}, and {_carried(found, named)}.", _strongest(found, named[0]), _fed(found, named[0])
 
 
@@ -51,28 +41,26 @@ def _nothing(found: Explanation) -> str:
     most = float(found.effects["effect"].abs().max())
     span = abs(found.full.logit_diff - found.ablated.logit_diff)
     if not does_the_task(found):
-        return (f"That is less than half of what separates the full model from the ablated one, so the circuit does not do the task here, "
-                f"and no node stands out as a part of it (the largest effect of one is {figure(most)}).")
-    return (f"No node stands out: cutting any one of its {len(found.effects)} heads and blocks changes that by {figure(most)} at most, where "
-            f"{figure(STANDS_OUT * span)}, surely other than 0, was asked for.")
+        return ("That is less than half of what separates the full model from the ablated one, so the circuit does not do the task here, and "
+                f"no node stands out as a part of it (the largest effect of one is {figure(most)}).")
+    return (f"No node stands out: cutting any one of its {len(found.effects)} heads and blocks changes that by {figure(most)} at most; to "
+            f"be named, a node must change it by {figure(STANDS_OUT * span)}, and surely so.")
 
 
 def _strongest(found: Explanation, node: NodeRole) -> str:
     parts = []
-    if node.attends:
-        parts.append(f"from the answer position it attends to {_attention(node)}")
+    if roles := node.attention():
+        parts.append("attends from the answer position to " + listed([f"{role} ({part:.0%} of its attention, {even:.0%} were it even)"
+                                                                      for role, part, even in roles]))
     if node.neurons:
-        parts.append(f"its strongest neurons are {listed([str(neuron) for neuron in node.neurons])}")
+        parts.append(f"works most through its neurons {listed([str(neuron) for neuron in node.neurons])}")
     if node.promotes:
-        often = f" (the answer itself on {node.top:.0%} of prompts)" if node.top >= 0.05 else ""
-        parts.append(f"what it writes promotes {_quoted(node.promotes[:3])}{often}, demotes {_quoted(node.demotes[:3])} and makes up "
-                     f"{share(node.direct, found.circuit.logit_diff) or 'none'} of the logit difference directly")
-    return f"{_capital(node.name)}: {'; '.join(parts)}." if parts else f"What {node.name} attends to or writes cannot be shown in this model."
-
-
-def _attention(node: NodeRole) -> str:
-    """The roles that get most, next to what even attention would give them."""
-    return listed([f"{role} ({share:.0%}; even attention: {node.even.get(role, 0):.0%})" for role, share in list(node.attends.items())[:2]])
+        parts.append(f"by itself {_aim(node)}: its output adds {figure(node.to_answer, sign=True)} to the logit of the answer and "
+                     f"{figure(node.to_wrong, sign=True)} to that of the wrong answer"
+                     + (f", {part} of the logit difference" if (part := share(node.direct, found.circuit.logit_diff)) else ""))
+    if not parts:
+        return f"What {node.name} attends to or writes cannot be shown in this model."
+    return f"{_capital(node.name)} {' and '.join(parts)}."
 
 
 def _fed(found: Explanation, node: NodeRole) -> str:
@@ -92,8 +80,10 @@ def changes(effect: float, what: str) -> str:
     return f"{what} {'lowers' if effect < 0 else 'raises'} it by {figure(abs(effect))}"
 
 
-def _quoted(tokens: tuple[str, ...]) -> str:
-    return listed([f"“{token}”" for token in tokens])
+def _aim(node: NodeRole) -> str:
+    """Which of the two logits it changes more, and how."""
+    change, which = max((node.to_answer, "answer"), (node.to_wrong, "wrong answer"), key=lambda pair: abs(pair[0]))
+    return f"mostly {'raises' if change > 0 else 'lowers'} the {which}"
 
 
 def _capital(text: str) -> str:
