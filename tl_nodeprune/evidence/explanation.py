@@ -23,14 +23,14 @@ WHOLE_TASK = 0.5
 LOGITS = "logits"
 """The receiver of paths that lead to the final norm and the unembedding."""
 
-TERMS: Mapping[str, str] = {
+TERMS: dict[str, str] = {
     "circuit": "the nodes that are kept; every other node is ablated: something else stands in for its output",
     "node": "a part of the model that can be cut: here a head, an attention block or an MLP block, with all of it that is kept. "
             "Head 4.4 is head 4 of layer 4; MLP 0 is the MLP block of layer 0; layers and heads count from 0",
-    "logit difference": "the logit of the answer minus that of the wrong answer, at the answer position, where the model predicts it; mean "
-                        "over prompts; above 0 the answer is the more likely one",
-    "effect": "what cutting the node from the circuit changes: the logit difference without it minus that with it. -2.00: cutting it lowers "
-              "the logit difference by 2.00",
+    "logit difference": "the logit of the answer minus that of the wrong answer, at the answer position, where the model predicts it; "
+                        "mean over prompts; above 0 the answer is the more likely one",
+    "effect": "what cutting the node from the circuit changes: the logit difference without it minus that with it. -2.00: cutting it "
+              "lowers the logit difference by 2.00",
     "KL": "KL(full model || circuit) in nats, at the answer position: 0 where the circuit predicts exactly as the full model. Its rise is "
           "what cutting the node adds",
     "writes": "direct logit attribution: the logit difference that the node's output gives by itself, through the final norm and the "

@@ -41,8 +41,8 @@ def _nothing(found: Explanation) -> str:
     most = float(found.effects["effect"].abs().max())
     span = abs(found.full.logit_diff - found.ablated.logit_diff)
     if not does_the_task(found):
-        return ("That is less than half of what separates the full model from the ablated one, so the circuit does not do the task here, and "
-                f"no node stands out as a part of it (the largest effect of one is {figure(most)}).")
+        return ("That is less than half of what separates the full model from the ablated one, so the circuit does not do the task here, "
+                f"and no node stands out as a part of it (the largest effect of one is {figure(most)}).")
     return (f"No node stands out: cutting any one of its {len(found.effects)} heads and blocks changes that by {figure(most)} at most; to "
             f"be named, a node must change it by {figure(STANDS_OUT * span)}, and surely so.")
 

@@ -41,7 +41,7 @@ def top_neurons(model: Any, circuit: Circuit, prompts: PromptPairs, mlp: Unit, *
     promoted = [part.promoted for part in parts if part.promoted is not None]
     total_promoted = torch.stack(promoted).sum(0) if promoted else None
     found = [Neuron(mlp.layer, index, float(several["change"][i].mean()),
-                    top_tokens(model, total_promoted[i]) if total_promoted is not None else (), float(several["at_answer"][i].mean()),
+                    () if total_promoted is None else top_tokens(model, total_promoted[i]), float(several["at_answer"][i].mean()),
                     _most_active(model, prompts, several["peak"][i], several["place"][i])) for i, index in enumerate(order.tolist())]
     return tuple(sorted(found, key=lambda neuron: -abs(neuron.effect)))
 
@@ -70,7 +70,7 @@ def _stand_in(run: CircuitRun, hook: str) -> Tensor:
 
 
 def _first_order(run: CircuitRun, mlp: Unit) -> Float[Tensor, "d_mlp"]:
-    """What cutting each neuron changes, to first order, summed over prompts: `-sum over positions of gradient * (activation - stand-in)`."""
+    """What cutting each neuron changes, first order, summed over prompts: `-sum over positions of gradient * (activation - stand-in)`."""
     held: list[Tensor] = []
 
     def leaf(activation: Tensor, hook: Any) -> Tensor:
