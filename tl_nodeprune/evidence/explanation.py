@@ -171,7 +171,7 @@ def figure(value: float, *, sign: bool = False) -> str:
 
 def share(part: float, of: float) -> str:
     """A part as a share; empty where it is not known or there is nothing to have a share of."""
-    return "" if math.isnan(part) or abs(of) < 1e-6 else f"{part / of:.0%}"
+    return "" if math.isnan(part) or abs(of) < 1e-6 else f"{part / of:.0%}".replace("-0%", "0%")
 
 
 def listed(words: Sequence[str]) -> str:

@@ -32,7 +32,7 @@ def _carried(found: Explanation, named: list[NodeRole]) -> str:
     n, rest = len(found.effects), found.effects["effect"].abs().iloc[len(named):]
     some = [f"{changes(node.effect, f'cutting {node.name}')}" for node in named[:_NAMED]]
     count = f"{_number(len(named))} of {n} kept heads and blocks stand" + "s" * (len(named) == 1)
-    more = f", {len(named) - _NAMED} more do less" if len(named) > _NAMED else ""
+    more = f"; {_number(len(named) - _NAMED)} more less so" if len(named) > _NAMED else ""
     left = f", and each other one changes it by {figure(float(rest.max()))} at most" if len(rest) else ""
     return f"{count} out: {'; '.join(some)}{more}{left}"
 
@@ -50,14 +50,15 @@ def _nothing(found: Explanation) -> str:
 def _strongest(found: Explanation, node: NodeRole) -> str:
     parts = []
     if roles := node.attention():
-        parts.append("attends from the answer position to " + listed([f"{role} ({part:.0%} of its attention, {even:.0%} were it even)"
-                                                                      for role, part, even in roles]))
+        shares = [f"{role} ({part:.0%} of its attention, {even:.0%} were it spread evenly)" if i == 0 else f"{role} ({part:.0%}, {even:.0%})"
+                  for i, (role, part, even) in enumerate(roles)]
+        parts.append(f"attends from the answer position to {listed(shares)}")
     if node.neurons:
         parts.append(f"works most through its neurons {listed([str(neuron) for neuron in node.neurons])}")
     if node.promotes:
         parts.append(f"by itself {_aim(node)}: its output adds {figure(node.to_answer, sign=True)} to the logit of the answer and "
                      f"{figure(node.to_wrong, sign=True)} to that of the wrong answer"
-                     + (f", {part} of the logit difference" if (part := share(node.direct, found.circuit.logit_diff)) else ""))
+                     + (f", {part} of the circuit's logit difference" if (part := share(node.direct, found.circuit.logit_diff)) else ""))
     if not parts:
         return f"What {node.name} attends to or writes cannot be shown in this model."
     return f"{_capital(node.name)} {' and '.join(parts)}."
@@ -83,7 +84,7 @@ def changes(effect: float, what: str) -> str:
 def _aim(node: NodeRole) -> str:
     """Which of the two logits it changes more, and how."""
     change, which = max((node.to_answer, "answer"), (node.to_wrong, "wrong answer"), key=lambda pair: abs(pair[0]))
-    return f"mostly {'raises' if change > 0 else 'lowers'} the {which}"
+    return f"mostly {'raises' if change > 0 else 'lowers'} the {which}'s logit"
 
 
 def _capital(text: str) -> str:

@@ -25,7 +25,7 @@ from tl_nodeprune.viz.values import HasCircuit, circuit_of, title
 
 LOWERS, RAISES, GREY = "#2b7bba", "#d9711c", "rgba(128,128,128,0.9)"
 _SHARE = 0.03  # of the strongest edge: what is drawn
-_EDGES, _NAMED, _WIDEST = 16, 6, 11.0
+_EDGES, _NAMED, _WIDEST = 16, 5, 11.0
 
 
 def explanation(found: Explanation, *, task: str = "", edges: int = _EDGES) -> go.Figure:
@@ -44,11 +44,11 @@ def explanation(found: Explanation, *, task: str = "", edges: int = _EDGES) -> g
     fig = go.Figure()
     for trace in (*_lines(drawn, places), _numbers(drawn, places), *_markers(found, places), *_legend()):
         fig.add_trace(trace)
-    fig.update_xaxes(visible=False, range=[-1.45, 1.45])
-    fig.update_yaxes(tickvals=list(rows), ticktext=list(rows.values()), showgrid=False, zeroline=False,
-                     range=[-0.6, len(rows) - 0.4])
+    fig.update_xaxes(visible=False, range=[-1.5, 1.4])
+    fig.update_yaxes(tickvals=list(rows), ticktext=list(rows.values()), showgrid=False, zeroline=False, range=[-0.8, len(rows) - 0.6],
+                     title_text="layer", title_standoff=4)
     facts = f"{html.escape(task)} · " if task else ""
-    fig.update_layout(height=150 + 75 * len(rows), margin={"t": 70, "l": 75, "r": 10, "b": 60}, hovermode="closest",
+    fig.update_layout(height=150 + 75 * len(rows), margin={"t": 70, "l": 65, "r": 10, "b": 60}, hovermode="closest",
                       legend={"orientation": "h", "y": -0.02, "yanchor": "top", "x": 0},
                       title=title("What feeds what", f"{facts}cutting a path or a node changes the logit difference by …"))
     return fig
@@ -91,15 +91,15 @@ def _places(found: Explanation) -> tuple[dict[str, tuple[float, float]], dict[in
     """x and y by name of the node, and what stands at each row. A layer's heads are a row, its MLP another, above it."""
     kinds = {node.name: (node.unit.layer, node.unit.granularity in ("mlp", "layer")) for node in found.nodes}
     order = sorted(set(kinds.values()))
-    rows = {i: f"layer {layer}" + (" MLP" if late else "") for i, (layer, late) in enumerate(order)}
+    rows = {i: f"{layer} {'MLP' if late else 'heads'}" for i, (layer, late) in enumerate(order)}
     places = {}
     for i, row in enumerate(order):
         names = sorted((node.unit.index, node.name) for node in found.nodes if kinds[node.name] == row)
         if row[1]:
-            places[names[0][1]] = (0.62 if i % 2 else 0.95, float(i))
+            places[names[0][1]] = (0.8 if i % 2 else 1.1, float(i))
             continue
-        for (_, name), x in zip(names, np.linspace(-0.95, 0.35, len(names) + 2)[1:-1], strict=True):
-            places[name] = (float(x) + 0.18 * (i % 2), float(i))
+        for (_, name), x in zip(names, np.linspace(-1.5, 0.6, len(names) + 2)[1:-1], strict=True):
+            places[name] = (float(x) + 0.2 * (i % 2), float(i))
     places[LOGITS] = (0.0, float(len(order)))
     return places, rows | {len(order): LOGITS}
 
@@ -123,9 +123,11 @@ def _lines(drawn: pd.DataFrame, places: dict[str, tuple[float, float]]) -> Itera
 
 
 def _numbers(drawn: pd.DataFrame, places: dict[str, tuple[float, float]]) -> go.Scatter:
-    """The effects of the strongest paths, at their middle."""
+    """The effects of the strongest paths, about half way along them."""
     middles = [(_curve(places[row.sender], places[row.receiver]), row.effect) for row in drawn.head(_NAMED).itertuples()]
-    return go.Scatter(x=[curve[0][10] for curve, _ in middles], y=[curve[1][10] for curve, _ in middles], mode="text", showlegend=False,
+    spots = [(13, 17, 9, 11, 15)[i % 5] for i in range(len(middles))]  # of 25 along the line, so that neighbours do not meet
+    return go.Scatter(x=[curve[0][at] for (curve, _), at in zip(middles, spots, strict=True)],
+                      y=[curve[1][at] for (curve, _), at in zip(middles, spots, strict=True)], mode="text", showlegend=False,
                       text=[f"<b>{figure(effect, sign=True)}</b>" for _, effect in middles], hoverinfo="skip", name="effects")
 
 
@@ -138,7 +140,7 @@ def _markers(found: Explanation, places: dict[str, tuple[float, float]]) -> Iter
                 x=[places[node.name][0] for node in some], y=[places[node.name][1] for node in some], mode="markers+text", name=kind,
                 marker={"symbol": symbol, "size": [12 + 22 * (abs(node.effect) / largest) ** 0.5 for node in some], "opacity": 1,
                         "color": [_colour(node.effect) for node in some]}, showlegend=False,
-                text=[f"{node.name}<br>{figure(node.effect, sign=True)}" for node in some], textposition="middle right",
+                text=[f"{node.name}<br>{figure(node.effect, sign=True)}" for node in some], textfont={"size": 11}, textposition="bottom center",
                 hovertext=[_hover(node) for node in some], hovertemplate="%{hovertext}<extra></extra>")
     x, y = places[LOGITS]
     yield go.Scatter(x=[x], y=[y], mode="markers", marker={"symbol": "diamond", "size": 16, "color": GREY}, name=LOGITS, showlegend=False,
