@@ -164,9 +164,8 @@ def figure(value: float, *, sign: bool = False) -> str:
         return ""
     if abs(value) < 0.0005:
         return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    text = f"{value:+,.{min(digits, 5)}f}" if sign else f"{value:,.{min(digits, 5)}f}"
-    return text
+    digits = min(max(0, 2 - math.floor(math.log10(abs(float(f"{value:.3g}"))))), 5)
+    return f"{value:+,.{digits}f}" if sign else f"{value:,.{digits}f}"
 
 
 def share(part: float, of: float) -> str:

@@ -50,8 +50,8 @@ def _nothing(found: Explanation) -> str:
 def _strongest(found: Explanation, node: NodeRole) -> str:
     parts = []
     if roles := node.attention():
-        shares = [f"{role} ({part:.0%} of its attention, {even:.0%} were it spread evenly)" if i == 0 else f"{role} ({part:.0%}, {even:.0%})"
-                  for i, (role, part, even) in enumerate(roles)]
+        words = (" of its attention", " were it spread evenly"), ("", "")
+        shares = [f"{role} ({part:.0%}{words[i > 0][0]}, {even:.0%}{words[i > 0][1]})" for i, (role, part, even) in enumerate(roles)]
         parts.append(f"attends from the answer position to {listed(shares)}")
     if node.neurons:
         parts.append(f"works most through its neurons {listed([str(neuron) for neuron in node.neurons])}")

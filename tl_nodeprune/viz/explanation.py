@@ -19,6 +19,7 @@ from tl_nodeprune.masks.node_masks import masks_off
 from tl_nodeprune.masks.reference import positions
 from tl_nodeprune.nodes.checks import check_counts, check_finite, check_node, check_types
 from tl_nodeprune.nodes.probe import check_ready
+from tl_nodeprune.nodes.space import GateKey
 from tl_nodeprune.prompts.pairs import PromptPairs
 from tl_nodeprune.viz.tokens import _captioned, _tokens
 from tl_nodeprune.viz.values import HasCircuit, circuit_of, title
@@ -63,7 +64,11 @@ def answer_attention(model: Any, circuit: HasCircuit, prompts: PromptPairs, head
     """
     check_types(answer_attention, locals())
     check_counts(most=most)
-    circuit, (layer, *index) = circuit_of(circuit), check_node("head", head)
+    circuit, node = circuit_of(circuit), check_node("head", head)
+    n_heads = circuit.space.present.get(GateKey("head", node[0]), (0,))[0]
+    if len(node) != 2 or not 0 <= node[1] < n_heads:
+        raise ValueError(f"head={tuple(head)}: this model has no such head; give (layer, head), such as (0, 1).")
+    layer, index = node
     name = f"blocks.{layer}.attn.hook_pattern"
     some = prompts.without_repeats()[:most]
     with masks_off(model), torch.no_grad():
@@ -74,16 +79,14 @@ def answer_attention(model: Any, circuit: HasCircuit, prompts: PromptPairs, head
     if name not in seen:
         raise ValueError(f"the model's forward gave no attention pattern at {name}; load it with attn_implementation=\"eager\".")
     pattern = seen[name]
-    if len(index) != 1 or not 0 <= index[0] < pattern.shape[1]:
-        raise ValueError(f"head={tuple(head)}; give (layer, head) with a head of 0 to {pattern.shape[1] - 1}.")
     check_finite(pattern, f"the attention pattern at {name}")
     words: list[str] = []
     values: list[float] = []
     for row, at in enumerate(positions(some).tolist()):
         words += [html.escape(token) for token in _tokens(model, some.clean[row, :at + 1])] + ["\n"]
-        values += [*pattern[row, index[0], at, :at + 1].tolist(), 0.0]
+        values += [*pattern[row, index, at, :at + 1].tolist(), 0.0]
     view = cv.tokens.colored_tokens(words[:-1], values[:-1], min_value=-max(values), max_value=max(values))
-    return _captioned(f"Attention of head {layer}.{index[0]} from the answer position, the last token of each line; the bluer the more, up "
+    return _captioned(f"Attention of head {layer}.{index} from the answer position, the last token of each line; the bluer the more, up "
                       f"to {max(values):.0%}. Hover a token for its share.", view)
 
 
@@ -140,7 +143,8 @@ def _markers(found: Explanation, places: dict[str, tuple[float, float]]) -> Iter
                 x=[places[node.name][0] for node in some], y=[places[node.name][1] for node in some], mode="markers+text", name=kind,
                 marker={"symbol": symbol, "size": [12 + 22 * (abs(node.effect) / largest) ** 0.5 for node in some], "opacity": 1,
                         "color": [_colour(node.effect) for node in some]}, showlegend=False,
-                text=[f"{node.name}<br>{figure(node.effect, sign=True)}" for node in some], textfont={"size": 11}, textposition="bottom center",
+                text=[f"{node.name}<br>{figure(node.effect, sign=True)}" for node in some], textfont={"size": 11},
+                textposition="bottom center",
                 hovertext=[_hover(node) for node in some], hovertemplate="%{hovertext}<extra></extra>")
     x, y = places[LOGITS]
     yield go.Scatter(x=[x], y=[y], mode="markers", marker={"symbol": "diamond", "size": 16, "color": GREY}, name=LOGITS, showlegend=False,
