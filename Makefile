@@ -18,7 +18,7 @@ test-slow: install
 	$(RUN) -m pytest -m slow
 
 lint: install
-	$(RUN) -m ruff check . && $(RUN) -m mypy
+	$(RUN) -m ruff check . && $(RUN) -m mypy && $(VENV)/bin/lint-imports
 
 docs: install  # into out/site; EXECUTE=true runs the notebooks for their outputs
 	$(RUN) -m pip install --quiet --editable ".[docs]"

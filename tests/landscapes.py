@@ -23,6 +23,12 @@ def landscape_of(toy: Toy, granularities: tuple[str, ...] | None = None, ablatio
     return Landscape(space, Reference(model, prompts, fitted, hooks, **{"batch_size": 10, **options}))
 
 
+def circuit_of(landscape: Landscape, kept: Tensor) -> tlnp.Circuit:
+    """Kept nodes as a circuit, with the ablation and its constants as they are now."""
+    ablation = landscape.with_coarse(landscape.ablation_now())
+    return tlnp.Circuit(landscape.space, landscape.gates(kept.float()), ablation)
+
+
 def random_kept(landscape: Landscape, share: float, seed: int = 0) -> Tensor:
     return torch.rand(landscape.n, generator=torch.Generator().manual_seed(seed)) < share
 

@@ -14,29 +14,20 @@ shell.end_quietly_while_starting("tl-nodeprune", __name__)  # before the imports
 
 # ruff: noqa: E402
 from tl_nodeprune import mib, toy, viz
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.scores import NodeScores
-from tl_nodeprune.evidence import crosscheck, hypotheses
-from tl_nodeprune.evidence.evaluation import Evaluation, evaluate
-from tl_nodeprune.evidence.explain import explain
-from tl_nodeprune.evidence.explanation import Explanation
-from tl_nodeprune.evidence.report import report
-from tl_nodeprune.evidence.reporting import Report
-from tl_nodeprune.masks.ablation import Ablation
-from tl_nodeprune.masks.gates import HardConcrete
-from tl_nodeprune.masks.gates import Step as StepGate
-from tl_nodeprune.masks.losses import kl_divergence
-from tl_nodeprune.masks.node_masks import NodeMasks, add_node_masks, remove_node_masks
-from tl_nodeprune.nodes.space import GRANULARITIES
-from tl_nodeprune.prompts import tasks
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.circuit import About, Circuit, Evaluation, NodeScores, evaluate, set_to, to_circuit
+from tl_nodeprune.evidence import Comparison, Explanation, Report, compare, crosscheck, explain, hypotheses, known, report
+from tl_nodeprune.masks import Ablation, HardConcrete, NodeMasks, add_node_masks, kl_divergence, remove_node_masks
+from tl_nodeprune.masks import Step as StepGate
+from tl_nodeprune.nodes import GRANULARITIES
+from tl_nodeprune.prompts import PromptPairs, tasks
 from tl_nodeprune.search import Estimate, PaperObjective, PruneResult, Sweep, estimate, prune, rank, sweep
 
 __version__ = "0.1.0"
 __all__ = [
-    "GRANULARITIES", "Ablation", "Circuit", "Estimate", "Evaluation", "Explanation", "HardConcrete", "NodeMasks", "NodeScores",
-    "PaperObjective", "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "crosscheck", "estimate", "evaluate",
-    "explain", "hypotheses", "kl_divergence", "mib", "prune", "rank", "remove_node_masks", "report", "sweep", "tasks", "toy", "viz",
+    "GRANULARITIES", "About", "Ablation", "Circuit", "Comparison", "Estimate", "Evaluation", "Explanation", "HardConcrete", "NodeMasks",
+    "NodeScores", "PaperObjective", "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "compare", "crosscheck",
+    "estimate", "evaluate", "explain", "hypotheses", "kl_divergence", "known", "mib", "prune", "rank", "remove_node_masks", "report",
+    "sweep", "tasks", "toy", "viz",
 ]
 
 
@@ -52,3 +43,4 @@ def _model_classes() -> list[Any]:
 
 for _class in _model_classes():
     _class.add_node_masks, _class.remove_node_masks = add_node_masks, remove_node_masks
+NodeMasks.prune, NodeMasks.to_circuit, NodeMasks.set_to = prune, to_circuit, set_to

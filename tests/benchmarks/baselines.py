@@ -16,9 +16,10 @@ from torch import Tensor
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.masks.landscape import Landscape
-from tl_nodeprune.masks.reference import Reference, positions
+from tl_nodeprune.masks.reference import Reference
 from tl_nodeprune.nodes.hooks import capture_nodes
 from tl_nodeprune.nodes.space import GateKey, NodeSpace
+from tl_nodeprune.prompts.pairs import positions
 
 FULL, ABLATED, PATH = (1.0,), (0.0,), tuple((i + 0.5) / 10 for i in range(10))
 """Points on the straight path from the ablated run (0) to the full model (1); the gradient is averaged over them."""
@@ -122,7 +123,7 @@ def top(land: Landscape, scores: Tensor, size: int) -> tlnp.Circuit:
     def first(k: int) -> tlnp.Circuit:
         kept = torch.zeros(land.n, dtype=torch.bool)
         kept[order[:k]] = True
-        return lift(land.circuit(kept), land.space)
+        return lift(tlnp.Circuit(land.space, land.gates(kept.float()), land.with_coarse(land.ablation_now())), land.space)
 
     return first(bisect_left(range(land.n), size, key=lambda k: first(k).size))
 
@@ -156,7 +157,7 @@ def lens_attribution(land: Landscape, size: int) -> tlnp.Circuit:
             kept[ids[GateKey("attn_neuron", layer)][head]] = True
         elif kind == "mlp_out":
             kept[torch.cat([ids[GateKey(name, layer)] for name in ("mlp_neuron", "mlp_out")])] = True
-    return land.circuit(kept)
+    return tlnp.Circuit(land.space, land.gates(kept.float()), land.with_coarse(land.ablation_now()))
 
 
 def lift(circuit: tlnp.Circuit, space: NodeSpace) -> tlnp.Circuit:

@@ -111,7 +111,7 @@ def main(shape: str = "six") -> dict[str, tuple[float, float]]:
 
     def own_loop_step() -> None:
         with masks.sampling(generator), masks.standing_in(reference.stand_ins(rows)):
-            tlnp.kl_divergence(reference.logits(prompts), reference.full).mean().backward()
+            tlnp.kl_divergence(reference.logits(rows), reference.full).mean().backward()
 
     def plain() -> None:
         with masks.inactive():

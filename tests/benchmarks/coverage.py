@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit.circuit import circuit_logits, full_logits
-from tl_nodeprune.evidence.report import bootstrap
+from tl_nodeprune.evidence.reports.report import bootstrap
+from tl_nodeprune.masks.reference import Reference
 from tl_nodeprune.nodes.probe import find_nodes
 from tl_nodeprune.nodes.space import GateKey
 
@@ -32,10 +32,8 @@ def population() -> NDArray[np.float64]:
         gates[GateKey("head", layer)][head] = True
     gates[GateKey("mlp", 0)] = torch.tensor(True)
     circuit = tlnp.Circuit(space, gates)
-    with torch.no_grad():
-        parts = [prompts[i:i + 100] for i in range(0, len(prompts), 100)]
-        kl = [tlnp.kl_divergence(circuit_logits(model, circuit, part), full_logits(model, part)) for part in parts]
-    return torch.cat(kl).double().numpy()
+    runs = Reference(model, prompts, circuit.ablation, space.hooks, batch_size=100)
+    return tlnp.kl_divergence(runs.all_logits(circuit), runs.full).double().numpy()
 
 
 def main(samples: int = 300, seed: int = 0) -> None:

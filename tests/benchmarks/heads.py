@@ -10,9 +10,9 @@ from torch import Tensor
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.masks.landscape import Landscape
-from tl_nodeprune.masks.reference import positions
 from tl_nodeprune.nodes.hooks import capture
 from tl_nodeprune.nodes.space import GateKey
+from tl_nodeprune.prompts.pairs import positions
 
 TOP, SHOWN = 0.05, 12  # share of the nodes that count for a head; heads shown
 

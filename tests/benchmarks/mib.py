@@ -33,7 +33,7 @@ import report  # noqa: E402
 from trained import STEPS, TRAINED  # noqa: E402
 
 import tl_nodeprune as tlnp  # noqa: E402
-from tl_nodeprune.circuit.runs import Runs  # noqa: E402
+from tl_nodeprune.evidence.runs import Runs  # noqa: E402
 from tl_nodeprune.masks.landscape import Landscape  # noqa: E402
 from tl_nodeprune.masks.node_masks import masks_off  # noqa: E402
 from tl_nodeprune.nodes.space import NodeSpace  # noqa: E402

@@ -18,7 +18,7 @@ import tl_nodeprune as tlnp
 from tl_nodeprune.cli.main import main
 from tl_nodeprune.nodes.probe import find_nodes
 from tl_nodeprune.nodes.space import GateKey, NodeSpace
-from tl_nodeprune.search import Step
+from tl_nodeprune.search.result import Step
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed; it is in the dev extra")
 from selenium.common.exceptions import WebDriverException  # noqa: E402

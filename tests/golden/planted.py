@@ -17,12 +17,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from circuits import full_logits
 from torch import Tensor
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit.circuit import full_logits
 from tl_nodeprune.nodes.attachment import temporary_hooks
 from tl_nodeprune.nodes.hooks import answer_logits, mask_hooks
 from tl_nodeprune.nodes.probe import find_nodes

@@ -9,7 +9,9 @@ import pytest
 import torch
 from planted import Plant, circuit_of, leaves_of
 
-from tl_nodeprune.evidence.crosscheck import Effects, activation_patching, agreement, attribution_patching
+from tl_nodeprune.circuit.effects import Effects
+from tl_nodeprune.evidence.agreement import agreement
+from tl_nodeprune.evidence.crosscheck import activation_patching, attribution_patching
 from tl_nodeprune.masks.losses import kl_divergence
 
 

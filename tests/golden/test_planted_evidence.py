@@ -82,7 +82,7 @@ def test_the_truth_passes_and_circuits_by_lot_do_not(granularities: Any) -> None
     report = tlnp.report(wired.model, truth, prompts, **PLAIN)
     for verdict in ("task", "completeness", "random circuits", "equivalence", "minimality", "redundancy"):
         assert report.verdict(verdict).passed, report.verdict(verdict)
-    by_lot = tlnp.evidence.units.SizeMatched(truth).draw(generator)
+    by_lot = tlnp.evidence.reports.random_circuits.SizeMatched(truth).draw(generator)
     assert by_lot != truth and by_lot.size == truth.size
     bad = tlnp.report(wired.model, by_lot, prompts, **PLAIN)
     for verdict in ("completeness", "random circuits", "equivalence", "minimality"):

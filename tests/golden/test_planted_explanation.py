@@ -8,8 +8,8 @@ from planted import PLANTS, Plant, circuit_of, leaves_of
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.evidence.circuit_run import CircuitRun
-from tl_nodeprune.evidence.path_patching import path_effects
+from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun
+from tl_nodeprune.evidence.explanations.path_patching import path_effects
 from tl_nodeprune.evidence.units import Unit
 
 

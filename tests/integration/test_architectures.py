@@ -28,6 +28,7 @@ from integration_support import (
     random_pairs,
     run,
 )
+from landscapes import circuit_of
 from torch import Tensor
 
 import tl_nodeprune as tlnp
@@ -254,7 +255,7 @@ def test_a_search_measures_the_circuit_that_comes_of_it_where_a_block_is_closed(
             if key.layer == 1 and (closed == "layer" or key.hook.startswith(f"blocks.1.{closed}") or key.granularity == f"{closed}_out"):
                 gate.zero_()
         measured = float(landscape.losses(circuits_of([flat]), torch.arange(len(prompts))).loss.mean())
-        circuit = landscape.circuit(flat)
+        circuit = circuit_of(landscape, flat)
         assert tlnp.evaluate(model, circuit, prompts).kl == pytest.approx(measured, rel=1e-4, abs=1e-7), closed
         assert measured > 1e-5 or not any(key.granularity == closed for key in space.shapes)
 

@@ -116,7 +116,7 @@ def documented() -> set[int]:
     return shown
 
 
-@pytest.mark.parametrize("module", [tlnp, tlnp.crosscheck, tlnp.mib, tlnp.viz], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [tlnp, tlnp.crosscheck, tlnp.known, tlnp.mib, tlnp.viz], ids=lambda module: module.__name__)
 def test_every_public_name_is_in_the_reference(module: ModuleType) -> None:
     shown = documented()
     constants = {"GRANULARITIES", "COARSE", "SIZES"}

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from circuits import circuit_logits, random_circuit
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit.circuit import circuit_logits
 from tl_nodeprune.nodes.hooks import capture
 from tl_nodeprune.nodes.probe import find_nodes
 
@@ -19,16 +19,11 @@ SUBSETS = [None, ("layer",), ("head", "mlp"), ("attn", "head"), ("attn", "attn_n
            ("mlp", "mlp_neuron", "mlp_out"), ("layer", "attn", "mlp"), ("layer", "head", "mlp_neuron")]
 
 
-def random_circuit(space: Any, seed: int, share: float = 0.7) -> tlnp.Circuit:
-    generator = torch.Generator().manual_seed(seed)
-    return tlnp.Circuit(space, {key: torch.rand(shape, generator=generator) < share for key, shape in space.shapes.items()})
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("granularities", SUBSETS)
 def test_complement_and_joins(toy: Toy, granularities: Any, seed: int) -> None:
     space = find_nodes(toy[0]).restrict(granularities)
-    c, d = random_circuit(space, seed), random_circuit(space, seed + 10, 0.4)
+    c, d = random_circuit(space, seed, 0.7), random_circuit(space, seed + 10, 0.4)
     full, empty = tlnp.Circuit.full(space), tlnp.Circuit.empty(space)
     assert ~~c == c
     assert (c & ~c) == empty and (c & ~c).size == 0
@@ -99,7 +94,7 @@ def test_save_then_load_is_the_same(toy: Toy, tmp_path: Path, ablation: str) -> 
     model, prompts = toy
     space = find_nodes(model).restrict(None, layers=[0, -1])
     fitted = tlnp.Ablation(ablation).fit(model, prompts, space.hooks)
-    c = tlnp.Circuit(space, random_circuit(space, 2)._live, fitted)
+    c = tlnp.Circuit(space, random_circuit(space, 2, 0.7)._live, fitted)
     c.save(tmp_path / "c.safetensors")
     back = tlnp.Circuit.load(tmp_path / "c.safetensors")
     assert back == c and back.space == c.space and back.ablation.name == ablation and list(back) == list(c)
@@ -120,3 +115,50 @@ def test_same_seed_same_circuit(toy: Toy) -> None:
         model.remove_node_masks()
     assert found[0].circuit == found[1].circuit and found[0].kl == found[1].kl
     assert found[0].converged is not False and found[0].kl <= 0.2
+
+
+ALL = ("layer", "attn", "mlp", "head", "attn_neuron", "mlp_neuron", "mlp_out")
+
+
+@pytest.mark.parametrize("granularities", SUBSETS)
+def test_a_view_is_idempotent_monotone_and_its_own_at_its_own_granularities(toy: Toy, granularities: Any) -> None:
+    space = find_nodes(toy[0]).restrict(granularities)
+    c, d = random_circuit(space, 1, 0.2), random_circuit(space, 2, 0.5)
+    assert c.at(space.granularities) == c
+    for names in (*ALL, ("head", "mlp"), ALL):
+        seen = c.at(names)
+        assert seen.at(names) == seen and seen.at(tuple(reversed(seen.space.granularities))) == seen
+        assert (c & d).at(names) <= seen <= (c | d).at(names)
+        assert c.at(("attn_neuron", "mlp_out", *space.granularities)).at(names) == seen, "the way does not matter"
+    assert tlnp.Circuit.full(space).at(ALL) == tlnp.Circuit.full(find_nodes(toy[0]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("granularities", [*SUBSETS, ("layer", "head")])
+def test_difference_and_order(toy: Toy, granularities: Any, seed: int) -> None:
+    space = find_nodes(toy[0]).restrict(granularities)
+    c, d, e = (random_circuit(space, seed + 10 * i, share) for i, share in enumerate((0.7, 0.5, 0.6)))
+    empty = tlnp.Circuit.empty(space)
+    for key in space.finest():
+        left, both = (c - d).live(*key), (c & d).live(*key)
+        assert not (left & both).any() and torch.equal(left | both, c.live(*key))
+        assert torch.equal(left, c.live(*key) & ~d.live(*key))
+    assert (c - d) | (c & d) == c and (c - d) | c == c
+    assert c <= c and not c < c and c & d <= c <= c | d and empty <= c and (c & d < c) == (c & d != c)
+    assert (c <= d and d <= c) == (c == d) and (c >= c & d) and (c <= d) == (c & d == c) == (c | d == d)
+    assert c & d & e <= d & e <= e and c & d & e <= e
+    if not any(space.covered(key) is False and key not in space.finest() for key in space.shapes):
+        assert c - c == empty and c - empty == c and c - d == c & ~d
+
+
+@pytest.mark.parametrize("granularities", [*SUBSETS, ("layer", "head"), "head", "mlp", ("mlp", "mlp_neuron")])
+def test_masks_then_circuit_is_the_same(toy: Toy, granularities: Any) -> None:
+    model, space = toy[0], find_nodes(toy[0]).restrict(granularities)
+    c = random_circuit(space, 4, 0.5)
+    back = tlnp.Circuit.from_masks(model, dict(c))
+    assert back.at(space.granularities) == c and all(torch.equal(back[hook], c[hook]) for hook in c)
+    assert (back == c) == (back.space.granularities == space.granularities)
+    assert tlnp.Circuit.from_nodes(model, {name: c.nodes(name) for name in space.granularities}) == c
+    one_each = {key.hook: c.live(*key) for key in space.shapes}
+    if len(one_each) == len(space.shapes):
+        assert tlnp.Circuit.from_masks(model, one_each) == c

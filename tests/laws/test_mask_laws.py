@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from circuits import full_logits, random_circuit
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit.circuit import full_logits
 from tl_nodeprune.nodes.space import GateKey
 
 Toy = tuple[Any, tlnp.PromptPairs]
@@ -37,11 +37,6 @@ class Linear:
 
     def kept(self, score: Tensor) -> Tensor:
         return score > 0.5
-
-
-def random_circuit(space: Any, seed: int, share: float = 0.6) -> tlnp.Circuit:
-    generator = torch.Generator().manual_seed(seed)
-    return tlnp.Circuit(space, {key: torch.rand(shape, generator=generator) < share for key, shape in space.shapes.items()})
 
 
 @pytest.mark.parametrize("granularities", SUBSETS)

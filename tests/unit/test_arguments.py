@@ -32,12 +32,14 @@ from tl_nodeprune.search.sweep import SweepRun
 
 HERE = str(Path(tlnp.__file__).parent)
 HEADS = ("head", "mlp")
+LIST = tlnp.known.KnownCircuit("x", "y", {"r": ((0, 1),)}, n_layers=3, n_heads=4)
 CLASSES = (tlnp.Ablation, tlnp.Circuit, tlnp.HardConcrete, tlnp.NodeMasks, tlnp.NodeScores, tlnp.PaperObjective, tlnp.PromptPairs,
-           tlnp.PruneResult, tlnp.Report, tlnp.StepGate, tlnp.Sweep, tlnp.crosscheck.Agreement, tlnp.crosscheck.Effects)
+           tlnp.PruneResult, tlnp.Report, tlnp.StepGate, tlnp.Sweep, tlnp.crosscheck.Agreement, tlnp.crosscheck.Effects,
+           tlnp.known.KnownCircuit)
 # what the library itself makes, and what is called by it alone, each step
 NOT_CALLED_BY_USERS = {
-    *("Estimate", "Evaluation", "Explanation", "PruneResult", "Report", "Sweep", "crosscheck.Agreement",
-      "crosscheck.Effects", "crosscheck.NodeScore",
+    *("Comparison", "Estimate", "Evaluation", "Explanation", "PruneResult", "Report", "Sweep"),
+    *("crosscheck.Agreement", "crosscheck.Effects", "crosscheck.NodeScore",
       "crosscheck.GranularityAgreement", "hypotheses.HypothesisTest", "mib.FaithfulnessCurve"),
     *(f"{gate}.{name}" for gate in ("HardConcrete", "StepGate") for name in ("value", "sample", "probability", "kept")),
     "PaperObjective.train", "PaperObjective.sparsity", "Circuit.hooks_on", "Ablation.values", "PromptPairs.check_corrupted"}
@@ -155,6 +157,7 @@ def scores_of(world: World) -> dict[str, Tensor]:
 # a valid call of every public function: what is called, and its arguments by name
 CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "Ablation": lambda w: (tlnp.Ablation, {"name": "mean", "constants": {"blocks.0.hook_mlp_out": torch.zeros(3)}}),
+    "About": lambda w: (tlnp.About, {"kl": 0.1, "interval": (0.0, 0.2), "versions": {"torch": "2"}}),
     "Ablation.fit": lambda w: (tlnp.Ablation("mean").fit, {"model": w.model, "prompts": w.prompts, "hooks": ["blocks.0.hook_mlp_out"]}),
     "Circuit": lambda w: (tlnp.Circuit, {"space": w.circuit.space, "gates": {k: w.circuit.live(*k) for k in w.circuit.space.shapes}}),
     "Circuit.full": lambda w: (tlnp.Circuit.full, {"space": w.circuit.space}),
@@ -163,7 +166,9 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "Circuit.empty": lambda w: (tlnp.Circuit.empty, {"space": w.circuit.space}),
     "Circuit.live": lambda w: (w.circuit.live, {"granularity": "head", "layer": 1}),
     "Circuit.nodes": lambda w: (w.circuit.nodes, {"granularity": "head"}),
+    "Circuit.at": lambda w: (w.circuit.at, {"granularities": "head"}),
     "Circuit.under": lambda w: (w.circuit.under, {"ablation": "zero"}),
+    "Circuit.with_about": lambda w: (w.circuit.with_about, {"about": tlnp.About(task="x")}),
     "Circuit.iou": lambda w: (w.circuit.iou, {"other": ~w.circuit}),
     "Circuit.check_fits": lambda w: (w.circuit.check_fits, {"model": w.model}),
     "Circuit.fwd_hooks": lambda w: (w.circuit.fwd_hooks, {"model": w.model, "prompts": w.prompts}),
@@ -206,8 +211,10 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "Sweep.consensus": lambda w: (w.sweep.consensus, {"max_kl": 0.05}),
     "add_node_masks": lambda w: (attached_for_a_while(tlnp.add_node_masks), {"model": w.model, "granularities": ["head"], "layers": [0]}),
     "remove_node_masks": lambda w: (lambda model: (tlnp.remove_node_masks(model), w.masks.attach(model)), {"model": w.masks.model}),
+    "compare": lambda w: (tlnp.compare, {"circuits": {"a": w.circuit, "b": ~w.circuit}, "model": w.model, "prompts": {"a": w.prompts}}),
     "crosscheck.Agreement.of": lambda w: (w.agreement.of, {"granularity": "head"}),
     "crosscheck.Effects.of": lambda w: (w.effects.of, {"granularity": "head"}),
+    "crosscheck.Effects.to_patching_result": lambda w: (w.effects.to_patching_result, {"granularity": "head"}),
     "crosscheck.activation_patching": lambda w: (tlnp.crosscheck.activation_patching,
                                                  {"model": w.model, "prompts": w.prompts, "granularities": ["mlp"], "progress": False}),
     "crosscheck.attribution_patching": lambda w: (tlnp.crosscheck.attribution_patching,
@@ -221,6 +228,9 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "hypotheses.minimality": lambda w: (tlnp.hypotheses.minimality,
                                         {"effects": w.logits[0, :3], "reference": w.logits[1, :150], "names": ["a", "b", "c"]}),
     "kl_divergence": lambda w: (tlnp.kl_divergence, {"logits": w.logits, "full": w.logits, "prompts": w.prompts}),
+    "known.overlap": lambda w: (tlnp.known.overlap, {"circuit": w.circuit, "known": LIST}),
+    "known.KnownCircuit": lambda w: (tlnp.known.KnownCircuit, {"name": "x", "source": "y", "roles": {"r": ((0, 1),)}}),
+    "known.KnownCircuit.circuit": lambda w: (LIST.circuit, {"model": w.model}),
     "mib.area": lambda w: (tlnp.mib.area, {"sizes": (0.1, 1.0), "values": (0.5, 1.0)}),
     "mib.distance": lambda w: (tlnp.mib.distance, {"logits": w.logits, "full": w.logits, "prompts": w.prompts}),
     "mib.shortfall": lambda w: (tlnp.mib.shortfall, {"logits": w.logits, "full": w.logits, "prompts": w.prompts}),
@@ -285,22 +295,23 @@ def at_least_0(value: Any) -> bool:
 
 # which numbers are right, by argument
 NUMBERS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("batch_size", "n", "nodes", "edges", "n_random", "n_subsets", "max_units", "most",
-                     "permutations", "steps", "step_prompts"), whole(1)),
+    **dict.fromkeys(("batch_size", "n", "nodes", "edges", "n_random", "n_subsets", "max_units", "most", "permutations", "steps",
+                     "step_prompts", "n_layers"), whole(1)),
     **dict.fromkeys(("exact_tests", "cache_bytes", "ties"), at_least_0),
     **dict.fromkeys(("alpha", "quantile"), share), **dict.fromkeys(("max_kl", "time_limit", "beta", "width", "max_loss"), positive),
     **dict.fromkeys(("lr", "lr_end", "warmup", "weight_decay", "max_grad_norm"), at_least_0),
+    "kl": math.isfinite, "accuracy": math.isfinite, "held_out": whole(0), "searched": whole(0), "n_heads": whole(2),
     "seed": lambda v: 0 <= v < 1 << 63, "agreement": lambda v: 0 <= v <= 1, "lam": lambda v: 0 <= v <= 1,
     "tolerance": lambda v: 0 <= v <= 0.4, "hinge": math.isfinite, "share": share, "prompt": lambda v: -8 <= v < 8,
     "layer": lambda v: 0 <= v < 3, "layers": lambda v: -3 <= v < 3,
     "max_nodes": lambda v: v in (1, 2, 3), "size": lambda v: v in (0, 1, 2, 3, 1.0, 0.0), "gamma": lambda v: -math.inf < v < 0,
     "zeta": lambda v: v == 1.1, "open_score": lambda v: 2.5 <= v < math.inf, "closed_score": lambda v: -math.inf < v <= -3,
 }
-ANY_TEXT = ("task", "budget", "command", "title", "path", "device", "checkpoint")
+ANY_TEXT = ("task", "command", "title", "path", "device", "checkpoint", "source", "notes", "budget", "loss", "model_name")
 # words that are right, where not any text is
 WORDS = {"granularity": ("head", "mlp_neuron"), "granularities": HEADS, "ablation": ("interchange", "mean", "zero", "optimal"),
          "name": (), "hook": (),
-         "direction": ("denoise", "noise"), "units": ("block", "node"), "level": ("node", "neuron"),
+         "direction": ("denoise", "noise"), "units": ("block", "node"), "level": ("node", "neuron", "head"),
          "task": ("ioi", "gendered_pronoun", "greater_than"),
          "model_class": ("TransformerBridge", "HookedTransformer")}
 # values that are right although the table says otherwise: function and argument, and which
@@ -308,7 +319,10 @@ RIGHT: dict[tuple[str, str], tuple[str, ...]] = {
     ("Ablation", "constants"): ("{}",), ("PaperObjective", "weights"): ("{}",), ("NodeMasks.standing_in", "values"): ("{}",),
     ("hypotheses.minimality", "effects"): ("integers [2]",), ("StepGate", "open_score"): ("2.5", "1", "10**30"),
     ("StepGate", "closed_score"): ("-1", "0", "-0.5"), ("add_node_masks", "layers"): ("[1, 1]", "[-1]"),
-    ("estimate", "layers"): ("[1, 1]", "[-1]"),
+    ("About", "interval"): ("[1.5, 0.5]", "[1, 1]", "numpy [2]"), ("About", "versions"): ("{}",), ("About", "seed"): ("-1", "10**30"),
+    ("compare", "model"): ("None",), ("estimate", "layers"): ("[1, 1]", "[-1]"), ("Circuit.at", "layers"): ("[1, 1]", "[-1]"),
+    ("known.KnownCircuit", "name"): ("'x'", "''"), ("known.KnownCircuit", "mlps"): ("[]", "()", "[1, 1]"),
+    ("known.KnownCircuit", "n_layers"): ("1",), ("known.KnownCircuit", "n_heads"): ("2",),
     ("sweep", "max_kl"): ("[1.5, 0.5]", "[99]", "numpy [2]"), ("sweep", "seeds"): ("[99]",),
     ("PromptPairs.check_fits", "name"): ("'x'", "''"),
  ("Sweep.consensus", "share"): ("1",), ("crosscheck.agreement", "share"): ("1",),
@@ -393,7 +407,7 @@ def real(kind: Any) -> Any:
 DOCUMENTED = (FloatingPointError, KeyError, OSError)
 CALLED = {"granularities": "granularit", "nodes": "nodes|granularity", "layers": "layer", "wrong_answers": "wrong_answer",
           "answers": "answer", "constants": "constant", "name": "name|ablation|verdict", "hooks": "hook", "gates": "gates|scores",
-          "seeds": "seed", "circuit_a": "circuit", "circuit_b": "circuit"}
+          "level": "level|granularit", "seeds": "seed", "circuit_a": "circuit", "circuit_b": "circuit"}
 
 
 def test_every_public_function_is_in_the_table() -> None:

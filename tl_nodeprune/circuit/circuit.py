@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,14 +15,30 @@ from torch import Tensor
 
 from tl_nodeprune.circuit import files
 from tl_nodeprune.circuit import format as circuit_files
-from tl_nodeprune.masks.ablation import Ablation, as_ablation
-from tl_nodeprune.nodes.attachment import Attachment, HookFn, find_attachment, ledger_of, temporary_hooks
-from tl_nodeprune.nodes.checks import check_list, check_node, check_types
-from tl_nodeprune.nodes.hooks import answer_logits, mask_hooks
-from tl_nodeprune.nodes.probe import check_ready, find_nodes
-from tl_nodeprune.nodes.scope import Scope
-from tl_nodeprune.nodes.space import HOOKS, GateKey, Gates, NodeSpace, combine, count_parameters, settle
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.circuit.about import About
+from tl_nodeprune.circuit.view import carried, common, seen_at
+from tl_nodeprune.masks import Ablation, as_ablation
+from tl_nodeprune.nodes import (
+    HOOKS,
+    Attachment,
+    GateKey,
+    Gates,
+    HookFn,
+    NodeSpace,
+    Scope,
+    check_list,
+    check_node,
+    check_ready,
+    check_types,
+    combine,
+    count_parameters,
+    find_attachment,
+    find_nodes,
+    ledger_of,
+    mask_hooks,
+    settle,
+)
+from tl_nodeprune.prompts import PromptPairs
 
 
 class Circuit(Mapping[str, Tensor]):
@@ -29,12 +46,17 @@ class Circuit(Mapping[str, Tensor]):
 
     Always consistent: no live child under a closed parent, no live parent with nothing live below.
     Leaf nodes are those that do not follow from gates below them: nothing there is gated, or not everything; an MLP is none where its
-    neurons or its output dims are gated. `&`, `|`, `~` work on nodes, and like `==` and `iou` look at nodes only; the ablation stays that
-    of the left circuit. Circuits over other nodes raise ValueError, but are unequal. `~` keeps exactly the finest nodes that were pruned; a
-    gate above something that is not gated (a layer whose MLP is not) stays as it is, and so does what is below a closed one.
+    neurons or its output dims are gated. `&`, `|`, `-`, `~` work on nodes, and like `==`, `<=`, `<` and `iou` look at nodes only; the
+    ablation stays that of the left circuit. `a - b` keeps what is live in a and not in b, `a <= b` says that all of a is live in b.
+    Circuits over other nodes raise ValueError, but are unequal; `at` brings both to the same ones. `~` keeps exactly the finest nodes that
+    were pruned; a gate above something that is not gated (a layer whose MLP is not) stays as it is, and so does what is below a closed
+    one.
     """
 
-    def __init__(self, space: NodeSpace, gates: Gates, ablation: Ablation = Ablation()) -> None:  # noqa: B008 (frozen)
+    about: About
+    """What is known of where it comes from; of circuits made out of others nothing."""
+
+    def __init__(self, space: NodeSpace, gates: Gates, ablation: Ablation = Ablation(), about: About = About()) -> None:  # noqa: B008 (frozen)
         check_types(Circuit.__init__, locals())
         if set(gates) != set(space.shapes):
             raise ValueError(f"gates are given for {len(gates)} tensors, the nodes have {len(space.shapes)}.")
@@ -45,7 +67,7 @@ class Circuit(Mapping[str, Tensor]):
                 raise ValueError(f"gates: {key.granularity} of layer {key.layer} is {tuple(gate.shape)}, expected {space.shapes[key]}.")
             if not ((gate == 0) | (gate == 1)).all():
                 raise ValueError(f"gates of {key.granularity} of layer {key.layer} hold other values than 0 (pruned) and 1 (kept).")
-        self.space, self.ablation = space, ablation.cpu()
+        self.space, self.ablation, self.about = space, ablation.cpu(), about
         self._live = settle(space, {key: gate.detach().cpu().bool() for key, gate in gates.items()})
         self._masks = {hook: combine(space, hook, self._live).float().contiguous() for hook in space.hooks}
 
@@ -87,24 +109,25 @@ class Circuit(Mapping[str, Tensor]):
     @classmethod
     def from_masks(cls, model: Any, masks: Mapping[str, Tensor], ablation: str | Ablation = "interchange") -> Circuit:
         """The circuit of a dictionary hook name -> mask of 0 and 1, such as `dict(circuit)`; hook points that it lacks are not gated. Nodes
-        are the finest at each hook point.
+        are those of the mask's shape, [head] for heads; at the hook's own shape the finest there, which `at` turns into others:
+        `Circuit.from_masks(model, dict(circuit)).at(circuit.space.granularities) == circuit`.
 
         Raises: ValueError for masks that are empty, of other values, or of another shape than the model's; TypeError for what is no model
         or no masks.
         """
         check_types(Circuit.from_masks, locals())
         space = find_nodes(model)
-        finest = {hook: space.at(hook)[-1] for hook in space.hooks}
-        for hook, mask in masks.items():
-            shape = space.shapes[finest[hook]] if hook in finest else None
-            if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
-                given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-                there = "no node" if shape is None else f"a mask {list(shape)}"
-                raise ValueError(f"masks[{hook!r}] is {given}; this model has {there} there.")
         if not masks:
-            raise ValueError(f"masks is empty; give a mask at one hook point or more of {', '.join(finest)}.")
-        return cls(replace(space, shapes={finest[hook]: space.shapes[finest[hook]] for hook in masks}),
-                   {finest[hook]: mask for hook, mask in masks.items()}, as_ablation(ablation))
+            raise ValueError(f"masks is empty; give a mask at one hook point or more of {', '.join(space.hooks)}.")
+        gates = {}
+        for hook, mask in masks.items():
+            there = {space.shapes[key]: key for key in (space.at(hook) if hook in space.hooks else ())}
+            if not isinstance(mask, Tensor) or tuple(mask.shape) not in there:
+                given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+                has = " or ".join(str(list(shape)) for shape in there)
+                raise ValueError(f"masks[{hook!r}] is {given}; this model has {f'a mask {has}' if there else 'no node'} there.")
+            gates[there[tuple(mask.shape)]] = mask
+        return cls(replace(space, shapes={key: space.shapes[key] for key in gates}), gates, as_ablation(ablation))
 
     def __getitem__(self, hook: str) -> Tensor:
         if hook not in self._masks:
@@ -203,6 +226,10 @@ class Circuit(Mapping[str, Tensor]):
         counts = ", ".join(f"{live}/{self.space.totals()[name]} {name}" for name, live in self.count().items())
         return f"Circuit({counts}; ablation={self.ablation.name!r})"
 
+    def __str__(self) -> str:
+        """In a line, then what is known about it."""
+        return "\n".join(filter(None, (repr(self), str(self.about))))
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Circuit) or set(self._live) != set(other._live):
             return False
@@ -217,21 +244,56 @@ class Circuit(Mapping[str, Tensor]):
         return Circuit(self.space, gates, self.ablation)
 
     def __and__(self, other: Circuit) -> Circuit:
-        return self._join(other, torch.logical_and)
+        return self._join(other, lambda mine, its, key: mine & its)
 
     def __or__(self, other: Circuit) -> Circuit:
-        return self._join(other, torch.logical_or)
+        return self._join(other, lambda mine, its, key: mine | its)
 
-    def _join(self, other: Circuit, rule: Callable[[Tensor, Tensor], Tensor]) -> Circuit:
+    def __sub__(self, other: Circuit) -> Circuit:
+        leaves = set(self.space.finest())
+        return self._join(other, lambda mine, its, key: mine & ~its if key in leaves else mine)
+
+    def __le__(self, other: Circuit) -> bool:
         if not isinstance(other, Circuit):
             return NotImplemented
         self._check_same_nodes(other)
-        return Circuit(self.space, {key: rule(live, other._live[key]) for key, live in self._live.items()}, self.ablation)
+        return all(bool((live <= other._live[key]).all()) for key, live in self._live.items())
+
+    def __lt__(self, other: Circuit) -> bool:
+        return self <= other and self != other
+
+    def _join(self, other: Circuit, rule: Callable[[Tensor, Tensor, GateKey], Tensor]) -> Circuit:
+        if not isinstance(other, Circuit):
+            return NotImplemented
+        self._check_same_nodes(other)
+        return Circuit(self.space, {key: rule(live, other._live[key], key) for key, live in self._live.items()}, self.ablation)
+
+    def at(self, granularities: str | Iterable[str], layers: int | Iterable[int] | None = None) -> Circuit:
+        """The same circuit over the nodes of other granularities, so that circuits of several can be compared: `a.at("head")`,
+        `a.at(("head", "mlp"))`.
+
+        A coarser node is kept where anything live is below it, a finer one where what is above it is kept; where nothing of either is
+        gated, all are kept. The masks of a coarser circuit keep more, so it has a KL of its own. Constants of the ablation go with it.
+        layers: None: those that have gates here; of others all nodes are kept.
+
+        Raises: ValueError for a granularity or layer that the model lacks, and an ablation with constants that lacks those of a hook point
+        where nodes are now cut; `under` gives it another first.
+        """
+        check_types(Circuit.at, locals())
+        space, live = seen_at(self.space, self._live, granularities, layers)
+        return Circuit(space, live, carried(self.ablation, space, live))
 
     def under(self, ablation: str | Ablation) -> Circuit:
         """The same nodes with another stand-in for the pruned ones; "mean" and "optimal" need an Ablation that is fitted."""
         check_types(Circuit.under, locals())
         return Circuit(self.space, self._live, as_ablation(ablation))
+
+    def with_about(self, about: About) -> Circuit:
+        """The same circuit, with something else known about it, as `circuit.with_about(replace(circuit.about, task="IOI"))`."""
+        check_types(Circuit.with_about, locals())
+        same = copy(self)
+        same.about = about
+        return same
 
     def iou(self, other: Circuit) -> float:
         """Intersection over union of the live leaf nodes, 0 to 1; 1 where both are empty."""
@@ -242,10 +304,20 @@ class Circuit(Mapping[str, Tensor]):
         return sum(int((a & b).sum()) for a, b in pairs) / union if union else 1.0
 
     def _check_same_nodes(self, other: Circuit) -> None:
-        if self.space.shapes != other.space.shapes:
-            raise ValueError("the two circuits are over different nodes: "
-                             f"{self.space.granularities} in layers {self.space.layers} and "
-                             f"{other.space.granularities} in layers {other.space.layers}, or models of other shapes.")
+        mine, its = self.space, other.space
+        if mine.shapes == its.shapes:
+            return
+        if mine.present != its.present:
+            shapes = " and ".join(f"{one.model_name or 'unnamed'} of {one.n_layers} layers, d_model {one.d_model}" for one in (mine, its))
+            raise ValueError(f"the two circuits are over different nodes, of models of other shapes: {shapes}; compare circuits of one.")
+        level = common(mine, its)
+        asked = f"({level[0]!r}" if len(level) == 1 else f"({level}"
+        if mine.layers != its.layers:
+            asked += f", layers={sorted({*mine.layers, *its.layers})}"
+        raise ValueError(f"the two circuits are over different nodes: {', '.join(mine.granularities)} in layers {mine.layers} and "
+                         f"{', '.join(its.granularities)} in layers {its.layers}; " + (
+                             f"see both at the same ones first, a.at{asked}) and b.at{asked})." if level else
+                             "neither tells apart any node of the other's."))
 
     def check_fits(self, model: Any) -> None:
         """Raises ValueError where the model lacks nodes of this circuit or has them in another shape; warns where only its name differs."""
@@ -290,14 +362,18 @@ class Circuit(Mapping[str, Tensor]):
         self.check_fits(model)
         prompts.check_fits(model)
 
-    def save(self, path: str | Path) -> None:
-        """Write as safetensors: the gates, the ablation's constants, the nodes' description, and a checksum over all of it. All or nothing.
+    def save(self, path: str | Path, *, task: str = "", notes: str = "") -> None:
+        """Write as safetensors: the gates, the ablation's constants, the nodes' description, what is known about the circuit, and a
+        checksum over all of it. All or nothing. task, notes: what it is for, and what else a reader must know, in place of what `about`
+        has.
 
         Raises: OSError where the file cannot be written, FileNotFoundError where its folder does not exist, FileExistsError at a symbolic
-        link, a device or a pipe; ValueError for an empty name, or constants that are not finite or do not fit the nodes.
+        link, a device or a pipe; ValueError for an empty name, or constants that are not finite or do not fit the nodes, or text that is
+        too long.
         """
         check_types(Circuit.save, locals())
-        files.write(files.check_target(path), circuit_files.pack(self.space, self._live, self.ablation))
+        about = replace(self.about, task=task or self.about.task, notes=notes or self.about.notes)
+        files.write(files.check_target(path), circuit_files.pack(self.space, self._live, self.ablation, about))
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
@@ -307,19 +383,3 @@ class Circuit(Mapping[str, Tensor]):
         """
         check_types(Circuit.load, locals())
         return cls(*circuit_files.unpack(files.as_path(path)))
-
-
-def circuit_logits(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: int = 64) -> Tensor:
-    """The circuit's logits at the answer positions: [batch d_vocab], float32."""
-    logits = []
-    for batch in prompts.batches(batch_size):
-        with torch.no_grad(), temporary_hooks(model, circuit.hooks_on(model, batch)):
-            logits.append(full_logits(model, batch, of="the circuit"))
-    return torch.cat(logits)
-
-
-def full_logits(model: Any, prompts: PromptPairs, *, of: str = "the full model") -> Tensor:
-    """The model's logits at the answer positions, as it is: [batch d_vocab], float32. One forward, no gradient."""
-    assert prompts.answer_positions is not None
-    with torch.no_grad():
-        return answer_logits(model, prompts.clean, prompts.answer_positions, sliced=False, of=of)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.nodes.space import GateKey, NodeSpace, spread
+from tl_nodeprune.nodes import GateKey, NodeSpace, check_types, spread
 
+_AXES = {"head": ("head",), "attn_neuron": ("head", "d_head"), "mlp_neuron": ("d_mlp",), "mlp_out": ("d_model",)}
 DIRECTIONS: tuple[str, ...] = ("denoise", "noise")
 
 
@@ -27,6 +28,8 @@ class Effects(Mapping[str, Tensor]):
     direction: "denoise" (clean activation into the corrupted run) or "noise" (corrupted activation into the clean run).
     method: "activation patching" (exact) or "attribution patching" (first order).
     clean, corrupted: the metric of the two runs without a patch, mean over prompts. n_prompts: how many.
+    by_prompt: as gates, with a last dim for the prompts, of which gates is the mean; empty for attribution patching. base: the metric of
+    the run that is patched, without a patch [prompt].
     """
 
     gates: Mapping[GateKey, Tensor]
@@ -36,6 +39,8 @@ class Effects(Mapping[str, Tensor]):
     clean: float
     corrupted: float
     n_prompts: int
+    by_prompt: Mapping[GateKey, Tensor] = field(default_factory=dict)
+    base: Tensor | None = None
 
     def __getitem__(self, hook: str) -> Tensor:
         if hook not in self.space.hooks:
@@ -77,8 +82,36 @@ class Effects(Mapping[str, Tensor]):
 
         1: that node alone brings all of it back ("denoise"); -1: without that node all of it is lost ("noise").
         """
-        gates = {key: gate / (self.clean - self.corrupted) for key, gate in self.gates.items()}
-        return replace(self, gates=gates, clean=1.0, corrupted=0.0)
+        span = self.clean - self.corrupted
+        gates, by_prompt = ({key: gate / span for key, gate in effects.items()} for effects in (self.gates, self.by_prompt))
+        base = None if self.base is None else (self.base - self.corrupted) / span
+        return replace(self, gates=gates, by_prompt=by_prompt, base=base, clean=1.0, corrupted=0.0)
+
+    def to_patching_result(self, granularity: str = "head") -> Any:
+        """One granularity's effects as TransformerLens' own `transformer_lens.patching.PatchingResult`, which has intervals over prompts, a
+        permutation test and a table: the metric with each node patched, [layer (head) ... prompt], and without as its baseline.
+
+        Of attribution patching there are means only, as of a sweep with reduce="mean". Where layers lack the granularity, or have other
+        shapes, the nodes are in one flat axis, in the order of `index_df`.
+
+        Raises: KeyError for a granularity that was not measured; ImportError on TransformerLens 3, which has no such type.
+        """
+        check_types(Effects.to_patching_result, locals())
+        try:
+            from transformer_lens.patching import PatchingResult
+        except ImportError as error:
+            raise ImportError("this TransformerLens has no PatchingResult, 4.3 has; effects.to_frame() is a table of the same.") from error
+        layers = self.of(granularity)
+        keys = [GateKey(granularity, layer) for layer in layers]
+        base = self.base if self.base is not None and self.by_prompt else torch.tensor(
+            self.corrupted if self.direction == "denoise" else self.clean)
+        values = [(self.by_prompt[key] if self.by_prompt else self.gates[key]) + base for key in keys]
+        axes = ["layer", *_AXES.get(granularity, ())]
+        index = [(key.layer, *map(int, at)) for key in keys for at in torch.ones(self.gates[key].shape).nonzero()]
+        regular = list(layers) == list(range(self.space.n_layers)) and len({gate.shape for gate in layers.values()}) == 1
+        stacked = torch.stack(values) if regular else torch.cat([value.reshape(-1, *base.shape) for value in values])
+        return PatchingResult(values=stacked, axis_names=axes if regular else [], index_df=pd.DataFrame(index, columns=axes),
+                              metric_names=["metric"], reduced=not self.by_prompt, baseline=base)
 
     def to_frame(self) -> pd.DataFrame:
         """A row per node, the largest absolute effect first: granularity, layer, index (within the layer), effect."""

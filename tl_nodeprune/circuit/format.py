@@ -1,6 +1,7 @@
 """Circuits as files: safetensors whose every field is checked and whose every byte goes into a checksum.
 
-Metadata: "format"; "ablation", its name; "space", the nodes as JSON (see `_Space`); "sha256", of the file with 64 zeros in that place.
+Metadata: "format"; "ablation", its name; "space", the nodes as JSON (see `_Space`); "about", an About as JSON, where anything is known;
+"sha256", of the file with 64 zeros in that place.
 Tensors: "gate/GRANULARITY/LAYER", uint8, 1 = kept; "constant/HOOK", the ablation's, of any float type.
 """
 
@@ -20,8 +21,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tl_nodeprune.masks.ablation import ABLATIONS, Ablation
-from tl_nodeprune.nodes.space import GRANULARITIES, GateKey, Gates, NodeSpace
+from tl_nodeprune.circuit.about import About
+from tl_nodeprune.masks import ABLATIONS, Ablation
+from tl_nodeprune.nodes import GRANULARITIES, GateKey, Gates, NodeSpace
 
 _FORMAT, _OLDER = "tl_nodeprune.circuit/2", "tl_nodeprune.circuit/1"
 _BLANK = "0" * 64
@@ -55,6 +57,7 @@ class _Metadata(pydantic.BaseModel):
     format: Literal["tl_nodeprune.circuit/2"]
     ablation: Literal[ABLATIONS]  # type: ignore[valid-type]
     space: str
+    about: str = "{}"
     sha256: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -74,14 +77,16 @@ class _Plan(NamedTuple):
 
     space: NodeSpace
     ablation: str
+    about: About
     sha256: str
     tensors: dict[str, _Entry]
 
 
+_ABOUT = pydantic.TypeAdapter(About)
 _HEADER = pydantic.TypeAdapter(dict[str, dict[str, Any]])
 
 
-def pack(space: NodeSpace, live: Gates, ablation: Ablation) -> bytes:
+def pack(space: NodeSpace, live: Gates, ablation: Ablation, about: About = About()) -> bytes:  # noqa: B008 (frozen)
     """A circuit as the bytes of a file. Raises ValueError for one that `unpack` would not take."""
     tensors = {f"gate/{key.granularity}/{key.layer}": gate.to(torch.uint8) for key, gate in live.items()}
     if ablation.name in ("mean", "optimal"):
@@ -89,9 +94,11 @@ def pack(space: NodeSpace, live: Gates, ablation: Ablation) -> bytes:
     rows = {name: [[*key, list(shape)] for key, shape in getattr(space, name).items()] for name in ("shapes", "present")}
     fields = {name: value for name, value in asdict(space).items() if name in _Space.model_fields}
     metadata = {"format": _FORMAT, "ablation": ablation.name, "space": json.dumps(fields | rows), "sha256": _BLANK}
-    data = safetensors.torch.save(tensors, metadata)
-    header = data[8:8 + int.from_bytes(data[:8], "little")]
     try:
+        if about != About():
+            metadata["about"] = _ABOUT.dump_json(about, exclude_defaults=True).decode()
+        data = safetensors.torch.save(tensors, metadata)
+        header = data[8:8 + int.from_bytes(data[:8], "little")]
         _plan(header)
         _check_values(tensors)
     except ValueError as error:
@@ -99,7 +106,7 @@ def pack(space: NodeSpace, live: Gates, ablation: Ablation) -> bytes:
     return data.replace(_mark(_BLANK), _mark(_checksum(header, _BLANK, memoryview(data)[8 + len(header):])), 1)
 
 
-def unpack(path: Path) -> tuple[NodeSpace, Gates, Ablation]:
+def unpack(path: Path) -> tuple[NodeSpace, Gates, Ablation, About]:
     """A circuit from a file, in memory of its own. What a file declares is checked before any of it is read.
 
     Raises: FileNotFoundError; OSError where it cannot be read; ValueError for a file that is damaged or no circuit.
@@ -125,7 +132,7 @@ def unpack(path: Path) -> tuple[NodeSpace, Gates, Ablation]:
             raise ValueError(f"{path} is damaged or no circuit of this library: {_in_words(error)}") from error
     gates = {key: tensors[f"gate/{key.granularity}/{key.layer}"] for key in plan.space.shapes}
     constants = {name.removeprefix("constant/"): value for name, value in tensors.items() if name.startswith("constant/")}
-    return plan.space, gates, Ablation(plan.ablation, constants)
+    return plan.space, gates, Ablation(plan.ablation, constants), plan.about
 
 
 def _tensor(data: bytearray, entry: _Entry) -> Tensor:
@@ -162,7 +169,7 @@ def _plan(header: bytes) -> _Plan:
         if entry.data_offsets != [place, place + entry.size]:
             raise ValueError(f"a tensor lies at {entry.data_offsets}, expected {[place, place + entry.size]}")
         place += entry.size
-    return _Plan(space, metadata.ablation, metadata.sha256, tensors)
+    return _Plan(space, metadata.ablation, _ABOUT.validate_json(metadata.about), metadata.sha256, tensors)
 
 
 def _space(given: _Space) -> NodeSpace:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.circuit.circuit import Circuit
+from tl_nodeprune.circuit.conversion import leaves_of
 from tl_nodeprune.circuit.effects import Effects
-from tl_nodeprune.masks.ablation import Ablation
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.nodes.space import GateKey, NodeSpace
+from tl_nodeprune.masks import Ablation
+from tl_nodeprune.nodes import GateKey, NodeSpace, check_types
 
 SIZES: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Shares of the nodes at which MIB judges scores (arXiv:2504.13151)."""
@@ -81,7 +81,7 @@ class NodeScores(Mapping[str, Tensor]):
     def from_circuit(cls, circuit: Circuit, within: NodeScores | None = None) -> NodeScores:
         """Kept nodes above all cut ones, each side in the order of `within` (None: as they come)."""
         check_types(NodeScores.from_circuit, locals())
-        space, kept = circuit.space, torch.cat([circuit.live(*key).flatten() for key in circuit.space.free()])
+        space, kept = circuit.space, leaves_of(circuit)
         if within is not None and within.space.shapes != space.shapes:
             raise ValueError("the circuit and the scores are over different nodes.")
         order = within.flat if within is not None else torch.zeros(len(kept), dtype=torch.float32)

@@ -1,0 +1,6 @@
+"""The command `tl-nodeprune`. Nothing is imported here: `shell` comes before the imports that take seconds.
+
+main    the subcommands and their arguments
+output  what they print, in words and as JSON
+shell   an end without a traceback: Ctrl-C, a closed pipe, a wrong argument
+"""

@@ -16,20 +16,14 @@ import torch
 import transformers
 
 from tl_nodeprune import toy
-from tl_nodeprune.circuit import files
-from tl_nodeprune.circuit.circuit import Circuit
+from tl_nodeprune.circuit import Circuit, evaluate, files
 from tl_nodeprune.cli import shell
 from tl_nodeprune.cli.output import VERDICTS, as_json, show
-from tl_nodeprune.evidence.crosscheck import COARSE, activation_patching
-from tl_nodeprune.evidence.evaluation import evaluate
-from tl_nodeprune.masks.ablation import as_ablation
-from tl_nodeprune.masks.node_masks import add_node_masks
-from tl_nodeprune.nodes.checks import check_agreement, check_counts
-from tl_nodeprune.nodes.space import GRANULARITIES, check_granularities
-from tl_nodeprune.prompts import tasks
-from tl_nodeprune.prompts.pairs import PromptPairs
-from tl_nodeprune.search import PruneResult
-from tl_nodeprune.search.checkpoint import NAME as CHECKPOINT
+from tl_nodeprune.evidence import COARSE, activation_patching
+from tl_nodeprune.masks import add_node_masks, as_ablation
+from tl_nodeprune.nodes import GRANULARITIES, check_agreement, check_counts, check_granularities
+from tl_nodeprune.prompts import PromptPairs, tasks
+from tl_nodeprune.search import CHECKPOINT, PruneResult
 from tl_nodeprune.viz import overview, save_html
 
 _CIRCUIT, _REPORT = "circuit.safetensors", "report.json"
@@ -62,12 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--task", default="ioi", choices=tuple(tasks.ROWS))
     demo.add_argument("--html", default=str(Path("out") / "demo.html"), help="the page to write (default: %(default)s)")
     demo.set_defaults(command=_demo)
-    show = commands.add_parser("show", help="write a page about a saved circuit: summary, figures, kept nodes")
+    show = commands.add_parser("show", help="say what is in a saved circuit; with --html a page about it: summary, figures, kept nodes")
     show.add_argument("circuit", help="a circuit.safetensors that `prune` or Circuit.save wrote")
-    show.add_argument("--html", required=True, help="the page to write; it needs no network")
+    show.add_argument("--html", help="a page to write, for which --model and --task are needed too; it needs no network")
     show.add_argument("--no-effects", action="store_true", help="leave out the effects of single heads and blocks, one run each")
-    _add_model_and_task(show, seed=1, prompts=64, seed_of="the named tasks' prompts")
-    show.set_defaults(command=_show_page)
+    _add_model_and_task(show, seed=1, prompts=64, seed_of="the named tasks' prompts", required=False)
+    show.set_defaults(command=_show)
     prune = commands.add_parser("prune", help="find a circuit in a model of yours")
     budget = prune.add_mutually_exclusive_group()
     budget.add_argument("--max-kl", type=float, help=f"nats at the answer positions, on prompts held out (default: {_MAX_KL})")
@@ -87,9 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_and_task(parser: argparse.ArgumentParser, *, seed: int, prompts: int, seed_of: str) -> None:
-    parser.add_argument("--model", required=True, help="a Hugging Face name or folder, or 'toy' for the embedded model")
-    parser.add_argument("--task", required=True, help=f"{', '.join(tasks.ROWS)}, or a .jsonl file (clean, corrupted, answer, wrong)")
+def _add_model_and_task(parser: argparse.ArgumentParser, *, seed: int, prompts: int, seed_of: str, required: bool = True
+                        ) -> None:
+    parser.add_argument("--model", required=required, help="a Hugging Face name or folder, or 'toy' for the embedded model")
+    parser.add_argument("--task", required=required, help=f"{', '.join(tasks.ROWS)}, or a .jsonl file (clean, corrupted, answer, wrong)")
     parser.add_argument("--prompts", type=int, default=prompts, help="how many, for the named tasks (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=seed, help=f"of {seed_of} (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
@@ -112,9 +107,20 @@ def _demo(args: argparse.Namespace) -> None:
     train, test = prompts.split(0.75, seed=0)
     result, why = _find(model, train, test, max_kl=_MAX_KL)
     report = evaluate(model, result.circuit, test)
-    _write_page(args.html, model, result, test, args.task, budget=_budget(_MAX_KL, None), command=args.line)
+    _write_page(args.html, model, result, test, args.task, command=args.line)
     show(result, report, why, f"within {_MAX_KL} nats there")
     _say_page(args.html)
+
+
+def _show(args: argparse.Namespace) -> None:
+    missing = [f"--{name}" for name in ("html", "model", "task") if getattr(args, name) is None]
+    if not missing:
+        return _show_page(args)
+    if len(missing) < 3:
+        raise ValueError(f"{' and '.join(missing)} missing: a page needs --html, --model and --task. Give all of them, or none, to be told "
+                         "what is in the file.")
+    circuit = Circuit.load(args.circuit)
+    print(f"{circuit}\n\nLive nodes by layer:\n{circuit.summary().to_string()}")
 
 
 def _show_page(args: argparse.Namespace) -> None:
@@ -149,16 +155,12 @@ def _inputs(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def _write_page(path: Path, model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, task: str, *, effects: bool = True,
-                note: str = "", budget: str = "", command: str = "") -> None:
+                note: str = "", command: str = "") -> None:
     gated = (circuit.circuit if isinstance(circuit, PruneResult) else circuit).space.granularities
     some = prompts[:_PATCHED]
     found = activation_patching(model, some) if effects and some.has_corrupted and any(name in gated for name in COARSE) else None
-    summary, *figures = overview(model, circuit, prompts, task=task, effects=found, budget=budget, command=command)
+    summary, *figures = overview(model, circuit, prompts, task=task, effects=found, command=command)
     save_html(path, summary, *[note] * bool(note), *figures, title=f"Circuit: {task}")
-
-
-def _budget(max_kl: float | None, max_nodes: float | int | None) -> str:
-    return f"KL of at most {max_kl} nats" if max_kl is not None else f"at most {max_nodes} leaf nodes (a share, where below 1)"
 
 
 def _say_page(path: Path) -> None:
@@ -175,7 +177,7 @@ def _prune(args: argparse.Namespace) -> None:
              "time_limit": args.time_limit}
     result, why = _find(model, train, test, granularities=args.granularities, layers=args.layers, ablation=args.ablation,
                         batch_size=args.batch_size, checkpoint=args.checkpoint, **asked)
-    result.circuit.save(args.out / _CIRCUIT)  # before anything else that could fail
+    result.circuit.save(args.out / _CIRCUIT, task=args.task)  # before anything else that could fail
     (args.out / _REPORT).unlink(missing_ok=True)  # an earlier circuit's
     report = evaluate(model, result.circuit, test, batch_size=args.batch_size)
     settings = asked | {"model": args.model, "task": args.task, "dtype": args.dtype, "prompts": len(train), "held_out": len(test)}
@@ -183,8 +185,7 @@ def _prune(args: argparse.Namespace) -> None:
     met = f"within {max_kl} nats there" if max_kl is not None else f"of at most {args.max_nodes} nodes; no KL was asked for"
     try:
         if args.html:
-            _write_page(args.html, model, result, test, Path(args.task).stem, budget=_budget(max_kl, args.max_nodes),
-                        command=args.line)
+            _write_page(args.html, model, result, test, Path(args.task).stem, command=args.line)
     finally:
         show(result, report, why, met)
         print(f"Written: {args.out / _CIRCUIT}, {args.out / _REPORT}")

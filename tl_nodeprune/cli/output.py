@@ -7,9 +7,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from tl_nodeprune.evidence.evaluation import Evaluation
-from tl_nodeprune.search import PruneResult
-from tl_nodeprune.viz.values import held_out
+from tl_nodeprune.circuit import Evaluation
+from tl_nodeprune.search import PruneResult, held_out_sentence
 
 VERDICTS = ("no circuit", "the budget is untested")  # how the search's warnings begin that say why it does not converge
 _SHOWN = 8  # sizes of the frontier
@@ -24,7 +23,7 @@ def show(result: PruneResult, report: Evaluation, why: str, met: str) -> None:
         verdict = "Within the budget, which is of KL"
         reason += (f"; but its most likely token is the full model's on only {report.exact_match:.0%} of these prompts, so it is no copy "
                    "of the model. (Where many answers are about as likely, one token says little.)")
-    print(f"\n{held_out(result)}\n{verdict}: {reason}")
+    print(f"\n{held_out_sentence(result)}\n{verdict}: {reason}")
     if result.stopped:
         print(f"Stopped by the {result.stopped}: this is the best so far.")
     circuit = result.circuit

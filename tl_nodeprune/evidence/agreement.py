@@ -11,10 +11,8 @@ from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.effects import Effects
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.nodes.space import GateKey, node_name, spread
+from tl_nodeprune.circuit import Circuit, Effects, common
+from tl_nodeprune.nodes import GateKey, check_types, node_name, spread
 
 _SHOWN, _FLOOR = 8, 1e-3
 
@@ -102,6 +100,8 @@ def agreement(circuit: Circuit, scores: Effects | Mapping[str, Tensor], *, share
     share: 0 to 1; a node has an effect from this share of its granularity's largest |score| on, but never with less than a thousandth
         of the metric's difference between clean and corrupted (where the scores are Effects).
 
+    A circuit of finer nodes is compared by its coarser view, `circuit.at("head")`.
+
     Raises: TypeError for what is no circuit or no mapping; ValueError where nothing is in common, the shapes or layers are another
     model's, a score is NaN or inf, or share is not 0 to 1.
     """
@@ -111,7 +111,9 @@ def agreement(circuit: Circuit, scores: Effects | Mapping[str, Tensor], *, share
     tables = _of_effects(circuit, scores) if isinstance(scores, Effects) else _of_mapping(circuit, scores)
     if not tables:
         have = ", ".join(scores.granularities if isinstance(scores, Effects) else scores) or "nothing"
-        raise ValueError(f"the scores are for {have}, the circuit is over {', '.join(circuit.space.granularities)}: nothing to compare.")
+        level = common(circuit.space, scores.space) if isinstance(scores, Effects) else ()
+        raise ValueError(f"the scores are for {have}, the circuit is over {', '.join(circuit.space.granularities)}: nothing to compare"
+                         f"{f'; give circuit.at({list(level)})' if level else ''}.")
     floor = _FLOOR * abs(scores.clean - scores.corrupted) if isinstance(scores, Effects) else 0.0
     what = f"{scores.method} ({scores.direction})" if isinstance(scores, Effects) else "given scores"
     rows = [_compare(name, circuit, tables[name], share, floor) for name in circuit.space.granularities if name in tables]

@@ -13,17 +13,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens import patching
 
-from tl_nodeprune.circuit.effects import DIRECTIONS, Effects
+from tl_nodeprune.circuit import DIRECTIONS, Effects
 from tl_nodeprune.evidence.agreement import Agreement, GranularityAgreement, NodeScore, agreement
-from tl_nodeprune.masks.losses import LossFn
-from tl_nodeprune.masks.node_masks import masks_off
-from tl_nodeprune.masks.reference import positions
-from tl_nodeprune.nodes.attachment import temporary_hooks
-from tl_nodeprune.nodes.checks import check_counts, check_finite, check_types
-from tl_nodeprune.nodes.hooks import answer_logits, capture_nodes, mask_hooks
-from tl_nodeprune.nodes.probe import can_slice, check_ready, device_of, find_nodes
-from tl_nodeprune.nodes.space import GateKey, NodeSpace
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.masks import LossFn, masks_off
+from tl_nodeprune.nodes import (
+    GateKey,
+    NodeSpace,
+    answer_logits,
+    can_slice,
+    capture_nodes,
+    check_counts,
+    check_finite,
+    check_ready,
+    check_types,
+    device_of,
+    find_nodes,
+    mask_hooks,
+    temporary_hooks,
+)
+from tl_nodeprune.prompts import PromptPairs, positions
 
 __all__ = [
     "COARSE", "Agreement", "Effects", "GranularityAgreement", "NodeScore", "activation_patching", "agreement", "attribution_patching",
@@ -65,18 +73,18 @@ def activation_patching(
     with masks_off(model), torch.no_grad():
         task = _task(model, prompts, granularities, direction, metric, batch_size)
         heads = _heads_for_transformer_lens(model, task.space) if progress else []
-        sums = {key: torch.zeros(shape, dtype=torch.float32) for key, shape in task.space.shapes.items()}
+        gains = {key: torch.zeros(*shape, len(prompts), dtype=torch.float32) for key, shape in task.space.shapes.items()}
         for batch in task.batches() if heads else ():
-            for key, gains in zip(heads, _patch_heads(task, batch), strict=True):
-                sums[key] += gains.cpu()
-        others = [key for key in sums if key not in heads]
-        with tqdm(total=len(prompts) * sum(sums[key].numel() for key in others), desc="patch", disable=not (progress and others)) as bar:
+            for key, found in zip(heads, _patch_heads(task, batch), strict=True):
+                gains[key][:, batch.rows] = found.cpu()
+        others = [key for key in gains if key not in heads]
+        with tqdm(total=sum(gains[key].numel() for key in others), desc="patch", disable=not (progress and others)) as bar:
             for batch in task.batches() if others else ():
                 n = len(batch.prompts)
                 for key, nodes in _groups(task.space, others, max(1, batch_size // n)):
-                    sums[key].view(-1)[nodes] += _patch(task, batch, key, nodes).cpu()
+                    gains[key].view(-1, len(prompts))[nodes[:, None], batch.rows] = _patch(task, batch, key, nodes).cpu()
                     bar.update(len(nodes) * n)
-    return task.effects({key: total / len(prompts) for key, total in sums.items()}, "activation patching")
+    return task.effects({key: gain.mean(-1) for key, gain in gains.items()}, "activation patching", gains)
 
 
 def attribution_patching(
@@ -107,19 +115,20 @@ def attribution_patching(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Prompts that run together. tokens: of the run to patch. source: what every hook point adds in the other run. full: the clean run's
-    logits [batch d_vocab]. base: the metric of the run without a patch [batch]."""
+    """Prompts that run together. rows: which they are. tokens: of the run to patch. source: what every hook point adds in the other run.
+    full: the clean run's logits [batch d_vocab]. base: the metric of the run without a patch [batch]."""
 
     prompts: PromptPairs
+    rows: Tensor
     tokens: Tensor
     source: dict[str, Tensor]
     full: Tensor
     base: Tensor
     metric: LossFn
 
-    def gain(self, logits: Float[Tensor, "batch d_vocab"]) -> Tensor:
-        """How much more of the metric than without a patch, summed over prompts."""
-        return (_measured(self.metric, logits, self.full, self.prompts) - self.base).sum()
+    def gain(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch"]:
+        """How much more of the metric than without a patch."""
+        return _measured(self.metric, logits, self.full, self.prompts) - self.base
 
 
 @dataclass(frozen=True)
@@ -144,13 +153,14 @@ class _Task:
             pairs = self.prompts[rows]
             tokens, other = (pairs.corrupted, pairs.clean) if denoise else (pairs.clean, pairs.corrupted)
             source = capture_nodes(self.model, other, self.space.hooks)
-            yield _Batch(pairs, tokens, source, self.full[rows], (self.corrupted if denoise else self.clean)[rows], self.metric)
+            yield _Batch(pairs, rows.cpu(), tokens, source, self.full[rows], (self.corrupted if denoise else self.clean)[rows], self.metric)
 
-    def effects(self, gates: dict[GateKey, Tensor], method: str) -> Effects:
+    def effects(self, gates: dict[GateKey, Tensor], method: str, by_prompt: dict[GateKey, Tensor] | None = None) -> Effects:
         for key, gate in gates.items():
             check_finite(gate, f"the {key.granularity} effects of layer {key.layer}")
         clean, corrupted = float(self.clean.mean()), float(self.corrupted.mean())
-        return Effects(gates, self.space, self.direction, method, clean, corrupted, len(self.prompts))
+        base = self.corrupted if self.direction == "denoise" else self.clean
+        return Effects(gates, self.space, self.direction, method, clean, corrupted, len(self.prompts), by_prompt or {}, base.cpu())
 
 
 def _task(model: Any, prompts: PromptPairs, granularities: str | Iterable[str] | None, direction: str, metric: LossFn, batch_size: int
@@ -198,7 +208,7 @@ def _groups(space: NodeSpace, keys: Iterable[GateKey], size: int) -> Iterator[tu
             yield key, nodes
 
 
-def _patch(task: _Task, batch: _Batch, key: GateKey, nodes: Tensor) -> Float[Tensor, "node"]:
+def _patch(task: _Task, batch: _Batch, key: GateKey, nodes: Tensor) -> Float[Tensor, "node batch"]:
     """Gains when each of some nodes of a gate tensor is patched, all in one forward: a row per node and prompt."""
     n, source = len(nodes), batch.source[key.hook]
     mask = _one_closed(task.space, key, nodes).to(source.device).repeat_interleave(len(batch.prompts), 0)
@@ -224,14 +234,16 @@ def _heads_for_transformer_lens(model: Any, space: NodeSpace) -> list[GateKey]:
     return keys if same and not model.training else []
 
 
-def _patch_heads(task: _Task, batch: _Batch) -> Float[Tensor, "layer head"]:
-    """Gains with each head patched, by TransformerLens itself."""
-    at = positions(batch.prompts)
+def _patch_heads(task: _Task, batch: _Batch) -> Float[Tensor, "layer head batch"]:
+    """Gains with each head patched, by TransformerLens itself, whose metric is a number: those of single prompts are kept as they come."""
+    at, found = positions(batch.prompts), list[Tensor]()
 
     def metric(logits: Float[Tensor, "batch pos d_vocab"]) -> Tensor:
-        return batch.gain(logits[torch.arange(len(at), device=at.device), at].float())
+        found.append(batch.gain(logits[torch.arange(len(at), device=at.device), at].float()))
+        return found[-1].sum()
 
-    return patching.get_act_patch_attn_head_out_all_pos(task.model, batch.tokens, batch.source, metric)
+    means = patching.get_act_patch_attn_head_out_all_pos(task.model, batch.tokens, batch.source, metric)
+    return torch.stack(found).view(*means.shape, len(at))
 
 
 def _slopes(task: _Task, batch: _Batch) -> dict[str, Tensor]:
@@ -239,7 +251,7 @@ def _slopes(task: _Task, batch: _Batch) -> dict[str, Tensor]:
     hooks = task.space.hooks
     masks = {hook: torch.ones(task.space.width(hook), device=batch.full.device, requires_grad=True, dtype=torch.float32) for hook in hooks}
     with torch.enable_grad(), temporary_hooks(task.model, mask_hooks(hooks, masks.__getitem__, batch.source.__getitem__)):
-        total = batch.gain(answer_logits(task.model, batch.tokens, positions(batch.prompts), task.sliced))
+        total = batch.gain(answer_logits(task.model, batch.tokens, positions(batch.prompts), task.sliced)).sum()
         if not total.requires_grad:
             raise ValueError("the metric has no gradient (a count or an argmax?); attribution patching needs a differentiable one.")
         grads = torch.autograd.grad(total, list(masks.values()), allow_unused=True)

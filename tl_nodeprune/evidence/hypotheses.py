@@ -18,7 +18,7 @@ from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 
-from tl_nodeprune.nodes.checks import check_counts, check_finite, check_level, check_seed, check_types
+from tl_nodeprune.nodes import check_counts, check_finite, check_level, check_seed, check_types
 
 __all__ = ["FEWEST", "HypothesisTest", "equivalence", "independence", "minimality"]
 

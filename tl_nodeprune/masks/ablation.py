@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_nodeprune.nodes.checks import check_finite, check_types
-from tl_nodeprune.nodes.hooks import capture_nodes
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.nodes import capture_nodes, check_finite, check_types
+from tl_nodeprune.prompts import PromptPairs
 
 ABLATIONS: tuple[str, ...] = ("interchange", "mean", "zero", "optimal")
 

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tl_nodeprune.nodes.checks import check_types
+from tl_nodeprune.nodes import check_types
 
 
 @runtime_checkable

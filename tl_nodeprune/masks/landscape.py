@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -10,19 +11,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_nodeprune.circuit.circuit import Circuit
 from tl_nodeprune.masks.ablation import Ablation
 from tl_nodeprune.masks.constants import RATE as CONSTANTS_RATE
 from tl_nodeprune.masks.losses import LossFn, choice_hinge, kl_divergence
 from tl_nodeprune.masks.reference import Reference
-from tl_nodeprune.nodes.attachment import HookFn, temporary_hooks
-from tl_nodeprune.nodes.checks import check_finite
-from tl_nodeprune.nodes.hooks import capture_nodes, mask_hooks
-from tl_nodeprune.nodes.probe import device_of
-from tl_nodeprune.nodes.space import GateKey, Gates, NodeSpace
+from tl_nodeprune.nodes import GateKey, Gates, HookFn, NodeSpace, capture_nodes, check_finite, device_of, mask_hooks, temporary_hooks
 
 HINGE_WEIGHT = 0.2
 STEP_COST = 3  # forwards that a forward with its backward takes
+TRIED, UNLIKE = 4, 0.05  # prompts on which bfloat16 is tried; how far their losses may be from float32's, as a share of these
 
 
 class Losses(NamedTuple):
@@ -45,6 +42,7 @@ class Landscape:
         self.n, self.n_prompts, self.device = sum(self.sizes), len(reference.prompts), device_of(reference.model)
         self.constants = _learned(reference)
         self.passed: Callable[[int], object] = lambda units: None  # hears of each pass, in forwards of one prompt
+        self.half = False  # gradients with matrix products in bfloat16
         self._optimizer = torch.optim.Adam(list(self.constants.values()), lr=CONSTANTS_RATE) if self.constants else None
 
     def gates(self, flat: Tensor) -> Gates:
@@ -52,14 +50,6 @@ class Landscape:
         pieces = {key: piece.view(self.space.shapes[key]) for key, piece in zip(self.keys, flat.split(self.sizes), strict=True)}
         return {key: pieces.get(key, torch.ones(shape, device=flat.device, dtype=torch.float32))
                 for key, shape in self.space.shapes.items()}
-
-    def circuit(self, kept: Bool[Tensor, "node"]) -> Circuit:
-        """Kept nodes as a circuit, with the ablation and its constants as they are now."""
-        return Circuit(self.space, self.gates(kept.float()), self.with_coarse(self.ablation_now()))
-
-    def flat(self, circuit: Circuit) -> Bool[Tensor, "node"]:
-        """A circuit as kept nodes."""
-        return torch.cat([circuit.live(*key).flatten() for key in self.keys]).to(self.device)
 
     def losses(self, flats: Float[Tensor, "circuit node"], rows: Int[Tensor, "row"]) -> Losses:
         """Run circuits on some of the prompts, many in one forward: each [circuit row], without gradient."""
@@ -70,7 +60,7 @@ class Landscape:
                 which, at = some // n, rows[some % n]
                 one = bool((which == which[0]).all())
                 flat = flats[which[0]] if one else flats[which.to(flats.device)]
-                losses, _ = self._judged(self._run(flat.to(self.device), at), at)
+                losses, _ = self._judged(self.logits(flat.to(self.device), at), at)
                 check_finite(losses.loss, "the loss of the circuit")
                 self.passed(len(at))
                 found.append(losses)
@@ -97,11 +87,26 @@ class Landscape:
                                      "the loss smooth where the circuit is the full model (a square root of 0 is not)?")
         return losses, grad
 
+    def try_half(self) -> None:
+        """Take matrix products of gradients in bfloat16 from now on, if this machine multiplies such matrices itself and the losses of a
+        few prompts are then those of float32, nearly."""
+        if not _fast_at_half(self.device) or any(p.dtype != torch.float32 for p in self.reference.model.parameters()):
+            return
+        rows = torch.arange(min(TRIED, self.n_prompts))
+        flat = torch.linspace(0.2, 0.8, len(rows), dtype=torch.float32)[:, None].expand(-1, self.n)
+        with torch.no_grad():
+            exact = self._judged(self.logits(flat, rows), rows)[0].loss
+            try:
+                near = self._judged(self.logits(flat, rows, half=True), rows)[0].loss
+            except (RuntimeError, TypeError, ValueError, NotImplementedError):  # a model whose own code takes one dtype only
+                return
+        self.half = bool(((near - exact).abs() <= UNLIKE * exact.abs().mean()).all())
+
     def _part(self, flat: Tensor, rows: Tensor) -> tuple[Losses, Tensor, list[Tensor]]:
         """Losses and gradients of one forward: to the gates [row node], and summed over prompts to the learned constants."""
         leaf = flat.detach().to(self.device).clone().requires_grad_(True)
         with torch.enable_grad():
-            losses, wanted = self._judged(self._run(leaf, rows), rows)
+            losses, wanted = self._judged(self.logits(leaf, rows, half=self.half), rows)
             if not losses.loss.requires_grad:
                 raise ValueError("the loss has no gradient (a count or an argmax?); a search needs a differentiable one.")
             grad, *constants = torch.autograd.grad(wanted.sum(), [leaf, *self.constants.values()], allow_unused=True)
@@ -118,15 +123,11 @@ class Landscape:
         hinge = choice_hinge(logits, full, prompts)
         return Losses(loss, wrong, hinge), loss + HINGE_WEIGHT * hinge
 
-    def logits(self, flat: Tensor, rows: Tensor) -> Tensor:
-        """The answer logits [row d_vocab] under gates [node] or [row node]."""
-        return self._run(flat, rows)
-
-    def _run(self, flat: Tensor, rows: Tensor) -> Tensor:
-        masks, stand_ins = self._masks(flat), self.constants or self.reference.stand_ins(rows)
-        hooks = [*mask_hooks(masks, masks.__getitem__, stand_ins.__getitem__), *self._closed_blocks(flat, rows)]
-        with temporary_hooks(self.reference.model, hooks):
-            return self.reference.logits(self.reference.prompts[rows])
+    def logits(self, flat: Tensor, rows: Tensor, *, half: bool = False) -> Tensor:
+        """The answer logits [row d_vocab] under gates [node] or [row node]. half: with matrix products in bfloat16."""
+        stand_ins, also = self.constants or self.reference.stand_ins(rows), self._closed_blocks(flat, rows)
+        with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
+            return self.reference.logits(rows, self._masks(flat), stand_ins, also=also)
 
     def _masks(self, flat: Tensor) -> dict[str, Tensor]:
         """Masks by hook point for gates [node], or [row node] for gates of each prompt's own."""
@@ -219,6 +220,14 @@ class Landscape:
         with temporary_hooks(model, mask_hooks(free, zeros.__getitem__, ablation.constants.__getitem__)):
             seen = capture_nodes(model, self.reference.prompts.clean[:1], hooks)
         return Ablation(ablation.name, {**ablation.constants, **{hook: value[0, 0].float() for hook, value in seen.items()}})
+
+
+def _fast_at_half(device: torch.device) -> bool:
+    """Whether a device multiplies matrices of bfloat16 itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def circuits_of(kept: Sequence[Tensor]) -> Float[Tensor, "circuit node"]:

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import relu
 
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.nodes import check_types
+from tl_nodeprune.prompts import PromptPairs
 
 LossFn = Callable[[Tensor, Tensor, PromptPairs], Tensor]
 """fn(circuit_logits [batch d_vocab], full_logits [batch d_vocab], prompts) -> [batch], lower is better."""

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tl_nodeprune.circuit.circuit import Circuit
 from tl_nodeprune.masks.ablation import Ablation, as_ablation
 from tl_nodeprune.masks.gates import Gate, HardConcrete
-from tl_nodeprune.nodes.attachment import Attachment, find_attachment, inactive, ledger_of
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.nodes.hooks import mask_hooks
-from tl_nodeprune.nodes.probe import check_ready, device_of, find_nodes
-from tl_nodeprune.nodes.scope import Scope, Scoped
-from tl_nodeprune.nodes.space import GateKey, NodeSpace, combine, spread
-from tl_nodeprune.prompts.pairs import PromptPairs
-
-if TYPE_CHECKING:
-    from tl_nodeprune.search import PruneResult
+from tl_nodeprune.nodes import (
+    Attachment,
+    GateKey,
+    NodeSpace,
+    Scope,
+    Scoped,
+    check_ready,
+    check_types,
+    combine,
+    device_of,
+    find_attachment,
+    find_nodes,
+    inactive,
+    ledger_of,
+    mask_hooks,
+    spread,
+)
+from tl_nodeprune.prompts import PromptPairs
 
 
 class NodeMasks(nn.Module):
@@ -39,7 +46,7 @@ class NodeMasks(nn.Module):
         self.ablation = self.asked_ablation = as_ablation(ablation)  # the second stays as asked for, not fitted to any prompts here
         self._hooks = frozenset(space.hooks)
         self.scores = nn.ParameterDict({
-            _name(key): nn.Parameter(torch.full(shape, self.gate.open_score, device=device, dtype=torch.float32))
+            gate_name(key): nn.Parameter(torch.full(shape, self.gate.open_score, device=device, dtype=torch.float32))
             for key, shape in space.shapes.items()
         })
         self._sampling = Scoped[tuple[torch.Generator | None] | None](None)
@@ -50,8 +57,10 @@ class NodeMasks(nn.Module):
         """A copy, or a pickle, is of the gates alone and not attached; the model is not copied with them."""
         return self.__dict__ | {"_attached": None}
 
-    prune: Callable[..., PruneResult]
-    """`tl_nodeprune.prune` as a method; `search.prune` sets it, so that its signature and docstring show in a notebook."""
+    to_circuit: Callable[..., Any]
+    set_to: Callable[..., Any]
+    prune: Callable[..., Any]
+    """Functions of `circuit` and `search` as methods: the package's `__init__` puts them on, with their signatures and docstrings."""
 
     def score(self, key: GateKey) -> nn.Parameter:
         """The scores of one gate tensor. Raises: KeyError where it is not gated."""
@@ -59,7 +68,7 @@ class NodeMasks(nn.Module):
             check_types(NodeMasks.score, locals())
         if key not in self.space.shapes:
             raise KeyError(f"key={key!r} is not gated by these masks; keys are such as {next(iter(self.space.shapes))!r}.")
-        return cast(nn.Parameter, self.scores[_name(key)])
+        return cast(nn.Parameter, self.scores[gate_name(key)])
 
     def gate_values(self, key: GateKey) -> Tensor:
         """One gate tensor's masks now: deterministic, or a fresh draw inside `sampling`. Raises: KeyError where it is not gated."""
@@ -91,29 +100,6 @@ class NodeMasks(nn.Module):
                 live = live * spread(probability[parent], live.ndim)
             total = total + live.sum()
         return total
-
-    def to_circuit(self) -> Circuit:
-        """The thresholded, consistent circuit of the scores now. Raises: FloatingPointError for a score that is NaN."""
-        for key in self.space.shapes:
-            if self.score(key).isnan().any():
-                raise FloatingPointError(f"NaN in the scores of {_name(key)}: whether these nodes are kept cannot be told.")
-        return Circuit(self.space, {key: self.gate.kept(self.score(key)) for key in self.space.shapes}, self.ablation)
-
-    def set_to(self, circuit: Circuit) -> None:
-        """Set the gates to a circuit: live ones fully open, all others fully closed.
-
-        Raises: ValueError where the circuit lacks one of these gates or has it in another shape; nothing is set then.
-        """
-        check_types(NodeMasks.set_to, locals())
-        have = circuit.space.shapes
-        for key, shape in self.space.shapes.items():
-            if have.get(key) != shape:
-                raise ValueError(f"these masks gate {key.hook} with {key.granularity} nodes {list(shape)}, the circuit has "
-                                 f"{list(have[key]) if key in have else 'none there'}.")
-        with torch.no_grad():
-            for key in self.space.shapes:
-                score, live = self.score(key), circuit.live(*key).to(self.score(key).device)
-                score.copy_(torch.where(live, self.gate.open_score, self.gate.closed_score))
 
     def sampling(self, generator: torch.Generator | None = None) -> Scope:
         """Inside, each forward draws its masks at random, one draw shared by batch and positions."""
@@ -262,6 +248,7 @@ def _check_free(model: Any) -> None:
                            "or leave the circuit's `with` block first.")
 
 
-def _name(key: GateKey) -> str:
+def gate_name(key: GateKey) -> str:
+    """A gate tensor's name in `NodeMasks.scores`."""
     granularity, layer = key
     return f"{granularity}_{layer}"

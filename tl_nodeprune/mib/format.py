@@ -35,11 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_nodeprune.circuit import files
-from tl_nodeprune.circuit.scores import NodeScores
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.nodes.probe import find_nodes
-from tl_nodeprune.nodes.space import GateKey, NodeSpace
+from tl_nodeprune.circuit import NodeScores, files
+from tl_nodeprune.nodes import GateKey, NodeSpace, check_types, find_nodes
 
 LEVELS: tuple[str, ...] = ("node", "neuron")
 _Graph = dict[str, Any]  # as the `.pt` file has it

@@ -10,18 +10,12 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.effects import Effects
-from tl_nodeprune.circuit.runs import Runs
-from tl_nodeprune.circuit.scores import SIZES, NodeScores, check_sizes
-from tl_nodeprune.masks.ablation import Ablation, as_ablation
-from tl_nodeprune.masks.losses import distance, shortfall
-from tl_nodeprune.masks.node_masks import masks_off
+from tl_nodeprune.circuit import SIZES, Circuit, Effects, NodeScores, check_sizes
+from tl_nodeprune.evidence import Runs
+from tl_nodeprune.masks import Ablation, as_ablation, distance, masks_off, shortfall
 from tl_nodeprune.mib.format import board_count, read, write
-from tl_nodeprune.nodes.checks import check_counts, check_types
-from tl_nodeprune.nodes.probe import check_ready, find_nodes
-from tl_nodeprune.nodes.space import GateKey
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.nodes import GateKey, check_counts, check_ready, check_types, find_nodes
+from tl_nodeprune.prompts import PromptPairs
 
 __all__ = ["SIZES", "FaithfulnessCurve", "area", "distance", "evaluate", "read", "shortfall", "write"]
 

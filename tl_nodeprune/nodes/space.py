@@ -237,7 +237,7 @@ def settle(space: NodeSpace, gates: Gates) -> Gates:
     fine_first = sorted(live, key=lambda key: -GRANULARITIES.index(key.granularity))
     for key in fine_first:
         if space.covered(key):
-            live[key] = live[key] & _any_below([live[child] for child in space.children(key)], live[key].ndim)
+            live[key] = live[key] & any_below([live[child] for child in space.children(key)], live[key].ndim)
     for key in reversed(fine_first):
         for parent in space.ancestors(key)[:1]:
             live[key] = live[key] & spread(live[parent], live[key].ndim)
@@ -249,7 +249,8 @@ def spread(coarse: torch.Tensor, ndim: int) -> torch.Tensor:
     return coarse.unsqueeze(-1) if coarse.ndim and ndim > coarse.ndim else coarse
 
 
-def _any_below(children: list[torch.Tensor], ndim: int) -> torch.Tensor:
+def any_below(children: list[torch.Tensor], ndim: int) -> torch.Tensor:
+    """Whether any node below each of some coarse ones is live, from the gates below at any granularity."""
     anys = [child.flatten(ndim).any(-1) if child.ndim > ndim else child for child in children]
     return torch.stack(anys).any(0)
 

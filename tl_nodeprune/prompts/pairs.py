@@ -13,20 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_nodeprune.nodes.attachment import inactive
-from tl_nodeprune.nodes.checks import (
-    FILL,
-    check_answers,
-    check_counts,
-    check_finite,
-    check_mask,
-    check_positions,
-    check_seed,
-    check_tokens,
-    check_types,
-)
-from tl_nodeprune.nodes.hooks import answer_logits
-from tl_nodeprune.nodes.probe import check_causal, device_of
+from tl_nodeprune.nodes import answer_logits, check_causal, check_counts, check_finite, check_seed, check_types, device_of, inactive
+from tl_nodeprune.prompts.checks import FILL, check_answers, check_mask, check_positions, check_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,11 +256,16 @@ def check_pairs(given: object, name: str = "prompts") -> None:
         raise TypeError(f"{name} must be PromptPairs, got {type(given).__name__}; see PromptPairs.from_strings.")
 
 
+def positions(prompts: PromptPairs) -> Tensor:
+    """The answer positions [batch], which PromptPairs always fills in."""
+    assert prompts.answer_positions is not None
+    return prompts.answer_positions
+
+
 def _logits(model: Any, prompts: PromptPairs) -> Tensor:
     prompts.check_fits(model)
-    assert prompts.answer_positions is not None
     with torch.no_grad(), inactive(model):
-        return answer_logits(model, prompts.clean, prompts.answer_positions, sliced=False)
+        return answer_logits(model, prompts.clean, positions(prompts), sliced=False)
 
 
 def _pooled(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -10,10 +10,8 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from tl_nodeprune.masks.reference import positions
-from tl_nodeprune.nodes.hooks import answer_logits
-from tl_nodeprune.nodes.probe import can_slice
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.nodes import answer_logits, can_slice
+from tl_nodeprune.prompts.pairs import PromptPairs, positions
 
 TURNED_SHARE = 0.5
 SIGNIFICANT, FEWEST = 0.01, 7

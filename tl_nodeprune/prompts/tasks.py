@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tl_nodeprune.nodes.checks import check_counts, check_seed, check_types
+from tl_nodeprune.nodes import check_counts, check_seed, check_types
 from tl_nodeprune.prompts.pairs import PromptPairs, continuations, is_unknown
 
 __all__ = ["gendered_pronoun", "greater_than", "ioi", "make"]

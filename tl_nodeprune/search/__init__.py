@@ -11,11 +11,15 @@ for comparison.
 
 from __future__ import annotations
 
+from tl_nodeprune.search.checkpoint import NAME as CHECKPOINT
 from tl_nodeprune.search.estimate import Estimate, estimate
 from tl_nodeprune.search.paper import PaperObjective
 from tl_nodeprune.search.prune import prune
 from tl_nodeprune.search.rank import rank
-from tl_nodeprune.search.result import PruneResult, Step
+from tl_nodeprune.search.result import PruneResult, Step, held_out_sentence
 from tl_nodeprune.search.sweep import Sweep, SweepRun, sweep
 
-__all__ = ["Estimate", "PaperObjective", "PruneResult", "Step", "Sweep", "SweepRun", "estimate", "prune", "rank", "sweep"]
+__all__ = [
+    "CHECKPOINT", "Estimate", "PaperObjective", "PruneResult", "Step", "Sweep", "SweepRun", "estimate", "held_out_sentence", "prune",
+    "rank", "sweep",
+]

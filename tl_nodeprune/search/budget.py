@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_nodeprune.masks.landscape import Losses
-from tl_nodeprune.masks.losses import LossFn, kl_divergence
-from tl_nodeprune.nodes.checks import check_agreement, check_number
-from tl_nodeprune.nodes.space import GRANULARITIES, GateKey, NodeSpace
+from tl_nodeprune.masks import Losses, LossFn, kl_divergence
+from tl_nodeprune.nodes import GRANULARITIES, GateKey, NodeSpace, check_agreement, check_number
 
 DISAGREEMENT, PER_NAT = 0.02, 0.4  # share of prompts on which the choice may differ: at any budget, for each of its nats
 PASSES = 4  # rounds of prices; in random trees of up to seven limits more added less than .2 % to the sum

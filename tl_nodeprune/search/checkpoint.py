@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.circuit import files
-from tl_nodeprune.masks.node_masks import NodeMasks
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.masks import NodeMasks
+from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.search.nested import Nested
 
 NAME, EVERY = "search.safetensors", 30.0  # seconds

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pandas as pd
 from torch import Tensor
 
-from tl_nodeprune.masks.landscape import circuits_of
+from tl_nodeprune.masks import circuits_of
 from tl_nodeprune.search.exact_tests import MEASURED, ExactTests, expected_forwards
 from tl_nodeprune.search.held_out import ENOUGH_HELD
 from tl_nodeprune.search.run import Run

@@ -12,13 +12,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_nodeprune.masks.ablation import Ablation
-from tl_nodeprune.masks.landscape import Landscape
-from tl_nodeprune.masks.node_masks import NodeMasks, make_node_masks
-from tl_nodeprune.nodes.attachment import find_attachment
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.nodes.probe import device_of, peak_memory
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.masks import Ablation, Landscape, NodeMasks, make_node_masks
+from tl_nodeprune.nodes import check_types, device_of, find_attachment, peak_memory
+from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.search.budget import Budget
 from tl_nodeprune.search.exact_tests import TOGETHER, expected_forwards
 from tl_nodeprune.search.held_out import set_aside

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_nodeprune.masks.landscape import Landscape, Losses, circuits_of
+from tl_nodeprune.masks import Landscape, Losses, circuits_of
 from tl_nodeprune.search.budget import Budget
 
 MEASURED, GLANCE = 48, 8  # prompts that a test is run on, at most; of these, those that every candidate is run on first

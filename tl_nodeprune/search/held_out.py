@@ -11,8 +11,7 @@ import numpy as np
 from scipy import stats
 from torch import Tensor
 
-from tl_nodeprune.prompts.pairs import PromptPairs
-from tl_nodeprune.prompts.preference import by_prompt
+from tl_nodeprune.prompts import PromptPairs, by_prompt
 
 HELD_SHARE, ENOUGH_HELD, ENOUGH = 0.25, 8, 24  # of the different prompts; how many held out can tell; from how many on so many are
 LEVEL, SLACK, RESAMPLES = 0.9, 1.25, 2000  # of the interval; its upper end over the budget, at most

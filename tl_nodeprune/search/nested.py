@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_nodeprune.masks.landscape import Landscape
-from tl_nodeprune.nodes.space import NodeSpace
+from tl_nodeprune.masks import Landscape
+from tl_nodeprune.nodes import NodeSpace
 from tl_nodeprune.search.budget import Limits
 
 PATH = (0.1, 0.3, 0.5, 0.7, 0.9)  # points of the integrated gradient between the ablated run and the full model

@@ -10,13 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from tl_nodeprune.masks.gates import HardConcrete
-from tl_nodeprune.masks.losses import kl_divergence
-from tl_nodeprune.masks.node_masks import NodeMasks
-from tl_nodeprune.masks.reference import Reference
-from tl_nodeprune.nodes.checks import check_counts, check_logits, check_number, check_types
-from tl_nodeprune.nodes.space import GRANULARITIES
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.masks import HardConcrete, NodeMasks, Reference, kl_divergence
+from tl_nodeprune.nodes import GRANULARITIES, check_counts, check_logits, check_number, check_types
+from tl_nodeprune.prompts import PromptPairs
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class PaperObjective:
             with masks.inactive():
                 stand_ins = reference.stand_ins(rows)
             with masks.sampling(generator), masks.standing_in(stand_ins):
-                logits = reference.logits(reference.prompts[rows])
+                logits = reference.logits(rows)
             check_logits(logits, f"the circuit at step {step}")
             kl = kl_divergence(logits, reference.full[rows.to(reference.full.device)]).mean()
             loss = (1 - lam) * (kl + self._hinge(logits, reference.prompts[rows])) + lam * self.sparsity(masks)

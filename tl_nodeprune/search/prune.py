@@ -7,19 +7,15 @@ from pathlib import Path
 
 import torch
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.scores import NodeScores
-from tl_nodeprune.masks.losses import LossFn, kl_divergence
-from tl_nodeprune.masks.node_masks import NodeMasks
-from tl_nodeprune.masks.reference import Reference
-from tl_nodeprune.nodes.checks import check_counts, check_seed, check_types
-from tl_nodeprune.nodes.probe import device_of, peak_memory
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.circuit import Circuit, NodeScores, leaves_of, to_circuit
+from tl_nodeprune.masks import LossFn, NodeMasks, Reference, kl_divergence
+from tl_nodeprune.nodes import check_counts, check_seed, check_types, device_of, peak_memory
+from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.search.budget import Budget, budget_of
 from tl_nodeprune.search.checkpoint import Checkpoint, asked
 from tl_nodeprune.search.held_out import set_aside
 from tl_nodeprune.search.paper import PaperObjective
-from tl_nodeprune.search.result import PruneResult, Step, found, told
+from tl_nodeprune.search.result import PruneResult, Step, found, noted, told
 from tl_nodeprune.search.run import Progress, Run, Settings, going, searchable
 
 
@@ -93,7 +89,8 @@ def prune(
                 run = Run(masks, searched, held, budget, settings, bar, both_ways=budget.loss is kl_divergence)
                 run.train(saved)
                 result = found(run, start, exact_tests)
-        return told(masks, result, budget, objective=objective is not None, stacklevel=3)
+        asks = {"max_kl": max_kl, "agreement": agreement, "max_nodes": max_nodes, "max_loss": max_loss, "objective": objective}
+        return told(masks, noted(result, asks, seed), budget, objective=objective is not None, stacklevel=3)
 
 
 def _check_start(masks: NodeMasks, start: Circuit | None, objective: PaperObjective | None) -> None:
@@ -124,15 +121,12 @@ def _paper(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, objective
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.enable_grad():
         objective.train(masks, reference, generator, record, bar.over)
-    circuit = masks.to_circuit()
+    circuit = to_circuit(masks)
     ranking = NodeScores({key: masks.score(key) for key in masks.space.free()}, masks.space)
     with masks.inactive():
-        kept = run.landscape.flat(circuit)
+        kept = leaves_of(circuit).to(run.landscape.device)
         (judged,) = run.judge([kept], most=None)
         search_kl = float(run.landscape.losses(kept[None].float(), torch.arange(len(searched))).loss.mean())
     return PruneResult(circuit, True, judged.kl, search_kl, history, bar.seconds, peak_memory(model), (judged.low, judged.high),
                        judged.accuracy, ranking=ranking, scores=NodeScores.from_circuit(circuit, within=ranking), searched=searched,
                        held_out=held, stopped="time limit" if bar.over() else "")
-
-
-NodeMasks.prune = prune

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from tl_nodeprune.circuit.scores import NodeScores
-from tl_nodeprune.masks.landscape import Landscape
-from tl_nodeprune.masks.losses import LossFn, distance, kl_divergence
-from tl_nodeprune.masks.node_masks import NodeMasks
-from tl_nodeprune.nodes.checks import check_seed, check_types
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.circuit import NodeScores
+from tl_nodeprune.masks import Landscape, LossFn, NodeMasks, distance, kl_divergence
+from tl_nodeprune.nodes import check_seed, check_types
+from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.search.budget import Budget
 from tl_nodeprune.search.run import Run, Settings, going, searchable
 

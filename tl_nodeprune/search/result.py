@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
 import torch
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.scores import NodeScores
-from tl_nodeprune.masks.losses import kl_divergence
-from tl_nodeprune.masks.node_masks import NodeMasks
-from tl_nodeprune.nodes.checks import check_counts, check_types
-from tl_nodeprune.nodes.probe import peak_memory
-from tl_nodeprune.prompts.pairs import PromptPairs
-from tl_nodeprune.prompts.preference import FEWEST, SIGNIFICANT
+from tl_nodeprune.circuit import Circuit, NodeScores, figure, leaves_of, set_to, versions
+from tl_nodeprune.masks import NodeMasks, kl_divergence
+from tl_nodeprune.nodes import check_counts, check_types, peak_memory
+from tl_nodeprune.prompts import FEWEST, SIGNIFICANT, PromptPairs
 from tl_nodeprune.search.budget import Budget, budget_of
 from tl_nodeprune.search.cut import smallest
 from tl_nodeprune.search.held_out import ENOUGH, HeldOut
@@ -50,6 +47,7 @@ class PruneResult:
         the first prompts by far more than there was room for. False where `exact_tests` or time cut them short, and without max_kl or
         max_loss.
     ranking: the order of all nodes that the run was cut from; scores: the same with the circuit's nodes first.
+    circuit: its `about` says budget, figures, seed and versions, so that its file does.
     seconds: wall time. peak_memory: bytes, the process's peak on CPU (since its start; 0 on Windows), the allocator's on CUDA (since the
         search began). stopped: what cut the search short, "" where nothing did. loss: what `kl` is, "KL" or the name of the loss given.
     """
@@ -75,6 +73,14 @@ class PruneResult:
     held_out: PromptPairs | None = field(default=None, repr=False)
     loss: str = "KL"
 
+    def __post_init__(self) -> None:
+        low, high = map(figure, self.interval)
+        about = replace(self.circuit.about, model_name=self.circuit.space.model_name, loss=self.loss, kl=figure(self.kl),
+                        interval=None if low is None or high is None else (low, high), accuracy=figure(self.accuracy),
+                        converged=self.converged, held_out=None if self.held_out is None else len(self.held_out),
+                        searched=None if self.searched is None else len(self.searched), versions=versions())
+        object.__setattr__(self, "circuit", self.circuit.with_about(about))
+
     def to_frame(self) -> pd.DataFrame:
         """The history, a row per step."""
         return pd.DataFrame(self.history)
@@ -96,8 +102,9 @@ class PruneResult:
         if agreement is not None and finish is None:
             raise ValueError(f"agreement={agreement} goes with finish=masks: the frontier's circuits are not chosen by it.")
         budget = budget_of(self.ranking.space, max_kl=max_kl, agreement=agreement, max_nodes=max_nodes)
+        asked = {"max_kl": max_kl, "max_nodes": max_nodes, "agreement": agreement}
         if finish is not None:
-            return _finished(self, finish, budget, exact_tests=exact_tests, progress=progress)
+            return noted(_finished(self, finish, budget, exact_tests=exact_tests, progress=progress), asked, self.circuit.about.seed)
         table = self.frontier
         fits = table[table["kl"] <= budget.max_loss] if budget.smallest else table[table["nodes"] <= (budget.max_size or 0)]
         if fits.empty:
@@ -109,16 +116,23 @@ class PruneResult:
         held = HeldOut(float(row["kl"]), float(row["low"]), float(row["high"]), float(row["accuracy"]), _different(self.held_out))
         met = held.meets(budget.max_loss) if budget.smallest else True
         no_task = _different(self.searched) >= FEWEST and self.p_value > SIGNIFICANT
-        return replace(self, circuit=circuit, converged=False if no_task else met, kl=held.kl,
-                       search_kl=float(row["search_kl"]), interval=(held.low, held.high), accuracy=held.accuracy, minimal=False, tested=0,
-                       ruled_out=0, scores=NodeScores.from_circuit(circuit, within=self.ranking))
+        there = replace(self, circuit=circuit, converged=False if no_task else met, kl=held.kl,
+                        search_kl=float(row["search_kl"]), interval=(held.low, held.high), accuracy=held.accuracy, minimal=False, tested=0,
+                        ruled_out=0, scores=NodeScores.from_circuit(circuit, within=self.ranking))
+        return noted(there, asked, self.circuit.about.seed)
+
+
+def noted(found: PruneResult, asked: Mapping[str, object], seed: int | None) -> PruneResult:
+    """A result whose circuit says what it was asked to be."""
+    budget = ", ".join(f"{name}={value}" for name, value in asked.items() if value is not None)
+    return replace(found, circuit=found.circuit.with_about(replace(found.circuit.about, budget=budget, seed=seed)))
 
 
 def found(run: Run, start: Circuit | None, exact_tests: int, frontier: pd.DataFrame | None = None) -> PruneResult:
     """The budget's circuit from a run that is trained."""
     budget = run.budget
     table = run.frontier() if frontier is None and budget.limits is None else pd.DataFrame() if frontier is None else frontier
-    kept, tests = smallest(run, table, None if start is None else run.landscape.flat(start), exact_tests)
+    kept, tests = smallest(run, table, None if start is None else leaves_of(start).to(run.landscape.device), exact_tests)
     (held,) = run.judge([kept], most=None)
     run.masks.ablation = run.landscape.with_coarse(run.landscape.ablation_now())
     circuit = Circuit(run.masks.space, run.landscape.gates(kept.float()), run.masks.ablation)
@@ -137,7 +151,7 @@ def found(run: Run, start: Circuit | None, exact_tests: int, frontier: pd.DataFr
 
 def told(masks: NodeMasks, found: PruneResult, budget: Budget, *, objective: bool, stacklevel: int) -> PruneResult:
     """Leave the masks at the circuit, and warn of what is wrong with it."""
-    masks.set_to(found.circuit)
+    set_to(masks, found.circuit)
     if problem := "" if objective else _problem(found, budget):
         warnings.warn(problem, stacklevel=stacklevel)
     return found
@@ -174,3 +188,13 @@ def _finished(result: PruneResult, masks: NodeMasks, budget: Budget, *, exact_te
 
 def _different(prompts: PromptPairs | None) -> int:
     return int(prompts.distinct().max()) + 1 if prompts is not None else 0
+
+
+def held_out_sentence(result: PruneResult) -> str:
+    """What a result says of its circuit on prompts held out, then on those searched."""
+    unit, (low, high) = " nats" if result.loss == "KL" else "", result.interval
+    aside, n = "" if result.held_out is None else f" {len(result.held_out)}", "" if result.searched is None else f" {len(result.searched)}"
+    sure = "" if math.isnan(low) else f" (90 % interval {low:.4f} to {high:.4f})"
+    right = "" if math.isnan(result.accuracy) else f", {result.accuracy:.0%} answered right"
+    return (f"{result.loss} {result.kl:.4f}{unit} on{aside} prompts held out{sure}{right}; {result.search_kl:.4f} on the{n} prompts "
+            "searched.")

@@ -17,16 +17,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_nodeprune.circuit.scores import NodeScores, ranks
-from tl_nodeprune.masks.landscape import STEP_COST, Landscape, circuits_of
-from tl_nodeprune.masks.losses import kl_divergence
-from tl_nodeprune.masks.node_masks import NodeMasks
-from tl_nodeprune.masks.reference import Reference
-from tl_nodeprune.nodes.attachment import find_attachment
-from tl_nodeprune.nodes.checks import check_counts, check_number
-from tl_nodeprune.nodes.probe import check_ready
-from tl_nodeprune.prompts.pairs import PromptPairs, check_pairs
-from tl_nodeprune.prompts.preference import Preference, Sample, preference
+from tl_nodeprune.circuit import NodeScores, ranks
+from tl_nodeprune.masks import STEP_COST, Landscape, NodeMasks, Reference, circuits_of, kl_divergence
+from tl_nodeprune.nodes import check_counts, check_number, check_ready, find_attachment
+from tl_nodeprune.prompts import Preference, PromptPairs, Sample, check_pairs, preference
 from tl_nodeprune.search.budget import Budget
 from tl_nodeprune.search.checkpoint import Checkpoint
 from tl_nodeprune.search.exact_tests import expected_forwards
@@ -36,7 +30,7 @@ from tl_nodeprune.search.nested import PATH, PATH_PROMPTS, Nested
 SMALLEST_SHARE, N_SIZES = 0.001, 36  # of the frontier
 SEARCHED, JUDGED = 48, 256  # prompts that the frontier is measured on, at most: of those searched on, and of those held out
 STEP_PROMPTS, CUDA_STEP_PROMPTS = 32, 64
-STEPS_AT_1000, STEPS_POWER, FEWEST_STEPS = 160, 0.3, 160  # 265 for 5,000 nodes, 600 for 80,000
+STEPS_AT_1000, STEPS_POWER, FEWEST_STEPS = 124, 0.45, 24  # 265 for 5,000 nodes, 900 for 80,000
 TRAINED_AT = 0.7  # of the budget, since fresh prompts have more loss than those trained on
 PARTS, TRAINING, FRONTIER = 4, 0.6, 0.75  # of a time limit: by when the training ends, and the frontier is measured
 
@@ -169,6 +163,7 @@ class Run:
         for landscape in self.landscapes:
             landscape.passed = progress.passed
             landscape.constants = self.landscapes[0].constants  # those learned on the prompts searched
+        self.landscape.try_half()
         self.order = torch.zeros(self.landscape.n, device=self.landscape.device, dtype=torch.float32)
         self.trace, self.cut_short = torch.zeros(0, 3, dtype=torch.float32), False
         self.by_kl = budget.loss is kl_divergence

@@ -14,13 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.evidence.evaluation import Evaluation, evaluate
-from tl_nodeprune.masks.ablation import Ablation, as_ablation
-from tl_nodeprune.masks.node_masks import make_node_masks
-from tl_nodeprune.nodes.checks import check_agreement, check_counts, check_model, check_seed, check_several, check_types
-from tl_nodeprune.nodes.probe import device_of, find_nodes
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.circuit import Circuit, Evaluation, evaluate
+from tl_nodeprune.masks import Ablation, as_ablation, make_node_masks
+from tl_nodeprune.nodes import check_agreement, check_counts, check_model, check_seed, check_several, check_types, device_of, find_nodes
+from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.search.parallel import in_tasks, is_loader
 from tl_nodeprune.search.prune import prune
 from tl_nodeprune.search.result import PruneResult

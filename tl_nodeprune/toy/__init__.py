@@ -1,4 +1,7 @@
-"""The small trained transformer that comes with the package, so that everything runs with no model hub at hand."""
+"""The small trained transformer that comes with the package, so that everything runs with no model hub at hand.
+
+train  how it was trained: `python -m tl_nodeprune.toy.train`
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,8 @@ import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.prompts import tasks
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.nodes import check_types
+from tl_nodeprune.prompts import PromptPairs, tasks
 
 __all__ = ["load"]
 

@@ -20,21 +20,21 @@ from tqdm import trange
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tl_nodeprune.circuit import files
-from tl_nodeprune.prompts.tasks import ROWS, Row, Words
+from tl_nodeprune.prompts import tasks
 from tl_nodeprune.toy import CONFIG, special_tokens
 
 STEPS, BATCH, RATE, SEED = 4000, 192, 2e-3, 0
 ANSWER_WEIGHT = 5.0
 
 
-def held_out(row: Row) -> bool:
+def held_out(row: tasks.Row) -> bool:
     """Whether a prompt belongs to the tenth that is kept for testing."""
     return zlib.crc32(row[0].encode()) % 10 == 0
 
 
-def draw(rng: random.Random, task: str, *, test: bool) -> Row:
+def draw(rng: random.Random, task: str, *, test: bool) -> tasks.Row:
     """A random prompt of a task from the training or the test side."""
-    while held_out(row := ROWS[task](rng, Words())) != test:
+    while held_out(row := tasks.ROWS[task](rng, tasks.Words())) != test:
         pass
     return row
 
@@ -42,7 +42,7 @@ def draw(rng: random.Random, task: str, *, test: bool) -> Row:
 def build_tokenizer() -> Tokenizer:
     """Words, punctuation and two-digit groups, each one token: the vocabulary is every token of 21,000 sentences."""
     rng, split = random.Random(SEED), pre_tokenizers.Split(Regex(r"\d\d|[A-Za-z']+|[^\sA-Za-z\d]"), "removed", invert=True)
-    words = {word for task in ROWS for _ in range(7000) for text in sentence(ROWS[task](rng, Words()), rng)
+    words = {word for task in tasks.ROWS for _ in range(7000) for text in sentence(tasks.ROWS[task](rng, tasks.Words()), rng)
              for word, _ in split.pre_tokenize_str(text)}
     words |= {f"{year:02d}" for year in range(100)}
     vocabulary = [*special_tokens().values(), *sorted(words)]
@@ -52,7 +52,7 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def sentence(row: Row, rng: random.Random) -> tuple[str, str]:
+def sentence(row: tasks.Row, rng: random.Random) -> tuple[str, str]:
     """A prompt and the answer to train on, one of the right ones."""
     clean, _, answer, _ = row
     return clean, answer if isinstance(answer, str) else rng.choice(answer)
@@ -60,7 +60,7 @@ def sentence(row: Row, rng: random.Random) -> tuple[str, str]:
 
 def batch_of(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> tuple[Tensor, Tensor]:
     """Token ids [batch pos] and loss weights [batch pos], padding 0."""
-    rows = [sentence(draw(rng, rng.choice(list(ROWS)), test=False), rng) for _ in range(BATCH)]
+    rows = [sentence(draw(rng, rng.choice(list(tasks.ROWS)), test=False), rng) for _ in range(BATCH)]
     ids = [tokenizer.encode(clean + answer) for clean, answer in rows]
     width = max(map(len, ids))
     tokens = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids])

@@ -9,9 +9,8 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.nodes.space import GateKey, node_name
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.nodes import GateKey, check_types, node_name
 from tl_nodeprune.viz.maps import PRUNED, head_shares, live_scale, values_texts
 from tl_nodeprune.viz.values import TITLES, HasCircuit, Values, check_values, circuit_of, colorbar, height, title
 

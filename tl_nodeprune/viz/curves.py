@@ -14,8 +14,8 @@ import torch
 from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
-from tl_nodeprune.evidence.agreement import auroc
-from tl_nodeprune.nodes.checks import check_types
+from tl_nodeprune.evidence import auroc
+from tl_nodeprune.nodes import check_types
 from tl_nodeprune.search import PruneResult, Sweep
 from tl_nodeprune.viz.values import TITLES, HasCircuit, Values, check_values, circuit_of, heading, hover, nodes_frame, state, title
 

@@ -13,14 +13,11 @@ import plotly.graph_objects as go
 import torch
 from circuitsvis.utils.render import RenderedHTML
 
-from tl_nodeprune.evidence.circuit_run import CircuitRun
-from tl_nodeprune.evidence.explanation import LOGITS, Explanation, figure
-from tl_nodeprune.masks.node_masks import masks_off
-from tl_nodeprune.masks.reference import positions
-from tl_nodeprune.nodes.checks import check_counts, check_finite, check_node, check_types
-from tl_nodeprune.nodes.probe import check_ready
-from tl_nodeprune.nodes.space import GateKey
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.evidence import CircuitRun, Explanation
+from tl_nodeprune.evidence.explanations import LOGITS, figure
+from tl_nodeprune.masks import masks_off
+from tl_nodeprune.nodes import GateKey, check_counts, check_finite, check_node, check_ready, check_types
+from tl_nodeprune.prompts import PromptPairs, positions
 from tl_nodeprune.viz.tokens import _captioned, _tokens
 from tl_nodeprune.viz.values import HasCircuit, circuit_of, title
 

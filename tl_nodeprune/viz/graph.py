@@ -9,9 +9,8 @@ from itertools import product
 import numpy as np
 import plotly.graph_objects as go
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.nodes.space import GateKey, node_name
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.nodes import GateKey, check_types, node_name
 from tl_nodeprune.viz.values import DIVERGING, HasCircuit, Values, check_values, circuit_of, colorbar, effect_of, heading, height, score_of
 
 _WIDTHS = 5

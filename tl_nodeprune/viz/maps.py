@@ -13,9 +13,8 @@ from einops import reduce
 from plotly.colors import sequential
 from plotly.subplots import make_subplots
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.nodes.space import GateKey, node_name
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.nodes import GateKey, check_types, node_name
 from tl_nodeprune.viz.values import (
     DIVERGING,
     NEURONS,

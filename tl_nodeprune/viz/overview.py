@@ -6,21 +6,18 @@ from typing import Any
 
 import pandas as pd
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.evidence.evaluation import evaluate
-from tl_nodeprune.evidence.explain import explain
-from tl_nodeprune.evidence.explanation import TERMS, Explanation
-from tl_nodeprune.evidence.reporting import Report
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.prompts.pairs import PromptPairs
-from tl_nodeprune.search import PruneResult
+from tl_nodeprune.circuit import Circuit, evaluate
+from tl_nodeprune.evidence import TERMS, Explanation, Report, explain
+from tl_nodeprune.nodes import check_types
+from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.search import PruneResult, held_out_sentence
 from tl_nodeprune.viz.curves import agreement, frontier, history
 from tl_nodeprune.viz.explanation import answer_attention, explanation
 from tl_nodeprune.viz.graph import circuit_graph
 from tl_nodeprune.viz.maps import mask_map, neuron_map
 from tl_nodeprune.viz.page import Heading, Item, Terms
 from tl_nodeprune.viz.tokens import kept_heads, kept_neurons, token_effects
-from tl_nodeprune.viz.values import NEURONS, HasCircuit, Values, check_values, circuit_of, held_out, node_table, state
+from tl_nodeprune.viz.values import NEURONS, HasCircuit, Values, check_values, circuit_of, node_table, state
 
 _MOST_ROWS = 50_000
 _EXPLAINED = 64  # prompts that the explanation is measured on
@@ -39,13 +36,13 @@ _TERMS = TERMS | {
 }
 
 
-def overview(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, task: str = "", budget: str = "", command: str = "",
+def overview(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, task: str = "", command: str = "",
              scores: Values | None = None, effects: Values | None = None) -> list[Item]:
     """What was asked, what the circuit does, figures, token views and the table of kept nodes, for `save_html(path, *overview(...))`.
 
-    prompts: judged on (`evaluate`), the first 64 of them explained (`explain`); the first is shown token by token. task, budget, command:
-    said at the top. A PruneResult adds what it has on prompts held out, its frontier and history, and its scores where none are given; a
-    Report its verdicts.
+    prompts: judged on (`evaluate`), the first 64 of them explained (`explain`); the first is shown token by token. task, command: said at
+    the top, with what `circuit.about` knows. A PruneResult adds what it has on prompts held out, its frontier and history, and its scores
+    where none are given; a Report its verdicts.
     Raises: TypeError for what is no circuit or no PromptPairs; ValueError where something does not fit the model or the circuit;
     RuntimeError where a circuit is applied.
     """
@@ -57,8 +54,9 @@ def overview(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, task: str
     check_values(circuit, effects, "effects")
     report = evaluate(model, circuit, prompts)
     of: dict[str, Any] = {"task": task, "scores": scores, "effects": effects}
-    found_out = [f"{held_out(found)} {state(found).capitalize()}."] if isinstance(found, PruneResult) else []
-    asked = {"Task": task, "Budget": budget, "Command": command}
+    found_out = [f"{held_out_sentence(found)} {state(found).capitalize()}."] if isinstance(found, PruneResult) else []
+    found_out = found_out or [text for text in [str(circuit.about)] if text]
+    asked = {"Task": task or circuit.about.task, "Budget": circuit.about.budget, "Command": command}
     items: list[Item] = [_summary(circuit, asked), *found_out]
     items += _explained(model, circuit, prompts[:_EXPLAINED], task) if circuit.size else []
     items += [Heading("How good the circuit is"), f"On {report.n_prompts} prompts, {report.ablation} ablation:", report.to_frame(),

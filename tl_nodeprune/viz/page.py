@@ -18,8 +18,8 @@ from plotly.basedatatypes import BaseFigure
 from plotly.offline import get_plotlyjs
 
 from tl_nodeprune.circuit import files
-from tl_nodeprune.evidence.explanation import Explanation
-from tl_nodeprune.nodes.checks import check_types
+from tl_nodeprune.evidence import Explanation
+from tl_nodeprune.nodes import check_types
 
 Item: TypeAlias = go.Figure | RenderedHTML | pd.DataFrame | Explanation | str
 CAPTION = '<p class="caption">{}</p>\n'

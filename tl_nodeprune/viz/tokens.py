@@ -12,13 +12,10 @@ from circuitsvis.utils.render import RenderedHTML
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.circuit.circuit import Circuit, full_logits
-from tl_nodeprune.masks.node_masks import masks_off
-from tl_nodeprune.nodes.attachment import temporary_hooks
-from tl_nodeprune.nodes.checks import check_counts, check_finite, check_types
-from tl_nodeprune.nodes.hooks import capture, mask_hooks
-from tl_nodeprune.nodes.probe import check_ready
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.masks import MaskedModel, masks_off
+from tl_nodeprune.nodes import capture, check_counts, check_finite, check_ready, check_types
+from tl_nodeprune.prompts import PromptPairs
 from tl_nodeprune.viz.page import CAPTION, parts_of
 from tl_nodeprune.viz.values import HasCircuit, circuit_of
 
@@ -133,23 +130,17 @@ def position_effects(model: Any, circuit: Circuit, one: PromptPairs, *, batch_si
     with masks_off(model):
         check_ready(model)
         repeated = one[[0] * (width + 1)]  # the last row is the circuit itself
-        runs, start = [], 0
-        for batch in repeated.batches(batch_size):
-            runs.append(batch.logit_diff(_run_without(model, circuit, batch, range(start, start + len(batch)))))
-            start += len(batch)
-    logit_diff = torch.cat(runs).cpu()
+        runs = MaskedModel(model, repeated, circuit.ablation, circuit.space.hooks, batch_size=batch_size)
+        with torch.no_grad():
+            logits = torch.cat([runs.logits(rows, _masks_without(circuit, rows, width)) for rows in runs.chunks(torch.arange(width + 1))])
+            logit_diff = repeated.logit_diff(logits).cpu()
     return (logit_diff[-1] - logit_diff[:-1]) * _real(one).cpu()
 
 
-def _run_without(model: Any, circuit: Circuit, batch: PromptPairs, positions: Sequence[int]) -> Tensor:
-    """Logits of the circuit, row by row without its nodes at one position (without any, where the position is past the end)."""
-    width = batch.clean.shape[1]
-    open_at = torch.arange(width)[None] != torch.tensor(list(positions))[:, None]
-    masks = {hook: open_at.view(*open_at.shape, *[1] * max(mask.ndim, 1)) * mask for hook, mask in circuit.items()}
-    masks = {hook: mask.to(batch.clean.device) for hook, mask in masks.items()}
-    stand_ins = circuit.ablation.values(model, batch, list(masks))
-    with torch.no_grad(), temporary_hooks(model, mask_hooks(masks, masks.__getitem__, stand_ins.__getitem__)):
-        return full_logits(model, batch)
+def _masks_without(circuit: Circuit, positions: Tensor, width: int) -> dict[str, Tensor]:
+    """The circuit's masks row by row, closed at one position (nowhere, where it is past the end): hook name -> [row pos ...]."""
+    open_at = torch.arange(width)[None] != positions[:, None]
+    return {hook: open_at.view(*open_at.shape, *[1] * max(mask.ndim, 1)) * mask for hook, mask in circuit.items()}
 
 
 def _checked(model: Any, circuit: Any, prompts: PromptPairs, prompt: int, **counts: int) -> tuple[Circuit, PromptPairs]:

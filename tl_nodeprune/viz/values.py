@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Mapping
 from functools import reduce
 from typing import Any, TypeAlias
@@ -14,11 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.effects import Effects
-from tl_nodeprune.evidence.reporting import Report
-from tl_nodeprune.nodes.checks import check_types
-from tl_nodeprune.nodes.space import GateKey, spread
+from tl_nodeprune.circuit import Circuit, Effects
+from tl_nodeprune.evidence import Report
+from tl_nodeprune.nodes import GateKey, check_types, spread
 from tl_nodeprune.search import PruneResult
 
 Values = Mapping[str, Tensor]
@@ -41,16 +38,6 @@ def circuit_of(given: Any, name: str = "circuit") -> Circuit:
 def state(result: PruneResult) -> str:
     """Whether a search converged, in words."""
     return {True: "converged", False: "not converged", None: "untested"}[result.converged]
-
-
-def held_out(result: PruneResult) -> str:
-    """What a result says of its circuit on prompts held out, then on those searched."""
-    unit, (low, high) = " nats" if result.loss == "KL" else "", result.interval
-    aside, n = "" if result.held_out is None else f" {len(result.held_out)}", "" if result.searched is None else f" {len(result.searched)}"
-    sure = "" if math.isnan(low) else f" (90 % interval {low:.4f} to {high:.4f})"
-    right = "" if math.isnan(result.accuracy) else f", {result.accuracy:.0%} answered right"
-    return (f"{result.loss} {result.kl:.4f}{unit} on{aside} prompts held out{sure}{right}; {result.search_kl:.4f} on the{n} prompts "
-            "searched.")
 
 
 def heading(what: str, circuit: Circuit, task: str) -> dict[str, Any]:

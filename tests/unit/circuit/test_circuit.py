@@ -380,3 +380,67 @@ def test_masks_and_back(toy: Toy, granularities: tuple[str, ...] | None) -> None
         tlnp.Circuit.from_masks(model, {"blocks.0.hook_resid_mid": torch.ones(())})
     with pytest.raises(ValueError, match="other values than 0"):
         tlnp.Circuit.from_masks(model, {hook: mask + 0.5 for hook, mask in circuit.items()})
+
+
+def test_a_coarser_view_by_hand(toy: Toy, circuit: tlnp.Circuit) -> None:
+    """Against the masks themselves: a head is live where any dim of its mask is, an MLP where any output dim is."""
+    fine = tlnp.Circuit.from_masks(toy[0], {hook: mask * (torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) < 0.03)
+                                            for hook, mask in circuit.items() if hook.endswith(("hook_z", "hook_mlp_out"))})
+    seen = fine.at(("head", "mlp"))
+    assert seen.space.granularities == ("mlp", "head") and 0 < seen.count()["head"] < 12
+    for layer in range(3):
+        assert torch.equal(seen.live("head", layer), fine[f"blocks.{layer}.attn.hook_z"].any(-1))
+        assert bool(seen.live("mlp", layer)) == bool(fine[f"blocks.{layer}.hook_mlp_out"].any())
+    kept = seen.at("attn_neuron")
+    assert all(torch.equal(kept.live("attn_neuron", i), seen.live("head", i)[:, None].expand(4, 24)) for i in range(3))
+    assert fine.at("mlp_neuron").live("mlp_neuron", 0).all() == bool(seen.live("mlp", 0)), "neurons of an MLP without outputs are dead"
+    assert fine.at("layer") == tlnp.Circuit.full(fine.at("layer").space) or not all(seen.count().values())
+
+
+def test_views_over_other_layers_and_what_is_not_gated(toy: Toy) -> None:
+    heads = tlnp.Circuit.from_nodes(toy[0], {"head": [(1, 2)]})
+    assert heads.at("mlp").count() == {"mlp": 3} and heads.at("layer").count() == {"layer": 3}, "what is not gated runs"
+    middle = tlnp.Circuit.from_masks(toy[0], {"blocks.1.attn.hook_z": torch.tensor([0.0, 1, 0, 0])})
+    assert middle.at("head").space.layers == (1,)
+    assert middle.at("head", layers=[0, 1]).nodes("head") == [(0, i) for i in range(4)] + [(1, 1)]
+    with pytest.raises(ValueError, match="unknown granularity 'heads'"):
+        heads.at("heads")
+    with pytest.raises(ValueError, match="layer 3 does not exist"):
+        heads.at("head", layers=3)
+    with pytest.raises(ValueError, match="granularities is empty"):
+        heads.at(())
+
+
+def test_views_take_the_constants_along_or_say_what_is_missing(toy: Toy) -> None:
+    model, prompts = toy
+    space = find_nodes(model).restrict(("attn_neuron", "mlp_neuron"))
+    fitted = tlnp.Ablation("mean").fit(model, prompts, space.hooks)
+    fine = tlnp.Circuit(space, {key: torch.zeros(shape) for key, shape in space.shapes.items()}, fitted)
+    heads = fine.at("head")
+    assert set(heads.ablation.constants) == {f"blocks.{i}.attn.hook_z" for i in range(3)}
+    assert tlnp.evaluate(model, heads, prompts).n_prompts == 24
+    with pytest.raises(ValueError, match=r"'mean' ablation has no constants for blocks\.0\.hook_mlp_out, where mlp nodes are cut.*under"):
+        fine.at("mlp")
+    assert fine.under("zero").at("mlp").size == 0 and (~fine).at("mlp").size == 3, "nothing is cut, nothing is missing"
+
+
+def test_circuits_of_other_granularities_say_how_they_are_compared(toy: Toy, circuit: tlnp.Circuit) -> None:
+    heads = tlnp.Circuit.from_nodes(toy[0], {"head": [(1, 2)]})
+    both = tlnp.Circuit.from_nodes(toy[0], {"head": [(1, 2)], "mlp": [(0,)]})
+    for compare in (lambda a, b: a.iou(b), lambda a, b: a - b, lambda a, b: a <= b, lambda a, b: a < b, lambda a, b: a & b,
+                    lambda a, b: a | b, lambda a, b: a >= b, lambda a, b: tlnp.viz.compare(a, b)):
+        with pytest.raises(ValueError, match=r"over different nodes: .*at the same ones first, a\.at\('head'\) and b\.at\('head'\)"):
+            compare(circuit, heads)
+    with pytest.raises(ValueError, match=r"a\.at\(\('mlp', 'head'\)\)"):
+        both.iou(circuit)
+    kept = circuit.at("head").nodes("head")
+    assert circuit.at("head").iou(heads) == ((1, 2) in kept) / len({*kept, (1, 2)})
+    with pytest.raises(ValueError, match=r"a\.at\('head', layers=\[0, 1, 2\]\)"):
+        heads.iou(tlnp.Circuit.from_masks(toy[0], {"blocks.1.attn.hook_z": torch.ones(4)}))
+    with pytest.raises(ValueError, match="neither tells apart"):
+        heads.iou(tlnp.Circuit.from_nodes(toy[0], {"mlp": [(0,)]}))
+    for other in ("circuit", None, 3):
+        with pytest.raises(TypeError):
+            _ = circuit - other  # type: ignore[operator]
+        with pytest.raises(TypeError):
+            _ = circuit <= other  # type: ignore[operator]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.evidence.crosscheck import Effects, attribution_patching
+from tl_nodeprune.circuit.effects import Effects
+from tl_nodeprune.evidence.crosscheck import attribution_patching
 from tl_nodeprune.nodes.space import GateKey, NodeSpace
 
 Toy = tuple[Any, tlnp.PromptPairs]

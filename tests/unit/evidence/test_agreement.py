@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.evidence.crosscheck import Agreement, Effects, agreement, attribution_patching
+from tl_nodeprune.circuit.effects import Effects
+from tl_nodeprune.evidence.agreement import Agreement, agreement
+from tl_nodeprune.evidence.crosscheck import attribution_patching
 from tl_nodeprune.nodes.probe import find_nodes
 from tl_nodeprune.nodes.space import GateKey, NodeSpace
 

@@ -290,3 +290,68 @@ def test_hooks_of_ones_own_stay_and_act(fresh_toy: Toy, no_hooks_left: Any) -> N
     assert sum(len(point.fwd_hooks) for point in {id(p): p for p in model.hook_dict.values()}.values()) == 1
     model.reset_hooks()
     no_hooks_left(model)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_effects_of_single_prompts(toy: Toy, progress: bool) -> None:
+    """Those of a prompt alone are its own column, however prompts are batched; their mean is the effect."""
+    model, prompts = toy
+    effects = activation_patching(model, prompts[:5], progress=progress, batch_size=3)
+    alone = [activation_patching(model, prompts[i : i + 1], progress=False) for i in range(5)]
+    for key, gate in effects.gates.items():
+        assert effects.by_prompt[key].shape == (*gate.shape, 5)
+        torch.testing.assert_close(effects.by_prompt[key].mean(-1), gate)
+        torch.testing.assert_close(effects.by_prompt[key], torch.stack([one.gates[key] for one in alone], -1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(patching, "PatchingResult"), reason="TransformerLens 3 has no PatchingResult")
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_a_patching_result_is_transformer_lens_own(toy: Toy, direction: str) -> None:
+    model, prompts = toy[0], toy[1][:6]
+    rows = torch.arange(6)
+
+    def metric(logits: Tensor) -> Tensor:
+        return prompts.logit_diff(logits[rows, prompts.answer_positions].float())
+
+    run, source = (prompts.corrupted, prompts.clean) if direction == "denoise" else (prompts.clean, prompts.corrupted)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(source)
+        theirs = patching.get_act_patch_attn_head_out_all_pos(model, run, cache, metric, reduce="none", baseline=True)
+    ours = activation_patching(model, prompts, direction=direction, progress=False)
+    mine = ours.to_patching_result()
+    assert type(mine) is type(theirs) and mine.axis_names == theirs.axis_names and mine.metric_names == theirs.metric_names
+    assert mine.index_df.to_dict() == theirs.index_df.to_dict() and not mine.reduced
+    torch.testing.assert_close(mine.values, theirs.values.cpu(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mine.baseline, theirs.baseline.cpu(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mine.effect().mean(-1), torch.stack(list(ours.of("head").values())), atol=1e-4, rtol=1e-4)
+    low, high = mine.bootstrap_ci(of_effect=True)
+    assert (low <= mine.effect().mean(-1) + 1e-5).all() and (high >= mine.effect().mean(-1) - 1e-5).all()
+    assert mine.permutation_pvalue().shape == (3, 4) and len(mine.to_dataframe()) == 72
+    shares = ours.normalised().to_patching_result()
+    torch.testing.assert_close(shares.effect().mean(-1), torch.stack(list(ours.normalised().of("head").values())), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(patching, "PatchingResult"), reason="TransformerLens 3 has no PatchingResult")
+def test_patching_results_of_other_nodes_and_of_attribution(toy: Toy) -> None:
+    model, prompts = toy[0], toy[1][:4]
+    exact = activation_patching(model, prompts, ["mlp"], progress=False).to_patching_result("mlp")
+    assert exact.values.shape == (3, 4) and exact.axis_names == ["layer"]
+    effects = attribution_patching(model, prompts, ["attn_neuron", "mlp"])
+    first = effects.to_patching_result("attn_neuron")
+    assert first.reduced and first.values.shape == (3, 4, 24) and list(first.index_df) == ["layer", "head", "d_head"]
+    torch.testing.assert_close(first.effect(), torch.stack(list(effects.of("attn_neuron").values())), atol=1e-5, rtol=1e-4)
+    assert len(first.to_dataframe()) == 288
+    with pytest.raises(ValueError, match="needs per-example values"):
+        first.bootstrap_ci()
+    with pytest.raises(KeyError, match="'head' was not patched"):
+        effects.to_patching_result()
+    layers = [key for key in effects.gates if key != ("mlp", 1)]
+    few = tlnp.crosscheck.Effects({key: effects.gates[key] for key in layers}, effects.space, "denoise", "m", 1.0, 0.0, 4)
+    flat = few.to_patching_result("mlp")
+    assert flat.axis_names == [] and flat.values.shape == (2,) and flat.index_df["layer"].tolist() == [0, 2]
+
+
+@pytest.mark.skipif(hasattr(patching, "PatchingResult"), reason="TransformerLens 4 has it")
+def test_without_the_type_there_is_a_word_about_it(toy: Toy) -> None:
+    with pytest.raises(ImportError, match="no PatchingResult, 4.3 has"):
+        attribution_patching(toy[0], toy[1][:2], ["head"]).to_patching_result()

@@ -13,10 +13,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.evidence.attention_roles import by_role, even, roles_of
-from tl_nodeprune.evidence.circuit_run import CircuitRun
-from tl_nodeprune.evidence.explanation import figure
-from tl_nodeprune.evidence.readout import Readout, token_text, weighted
+from tl_nodeprune.evidence.explanations.attention_roles import by_role, even, roles_of
+from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun
+from tl_nodeprune.evidence.explanations.explanation import figure
+from tl_nodeprune.evidence.explanations.readout import Readout, token_text, weighted
 from tl_nodeprune.nodes.hooks import capture
 from tl_nodeprune.nodes.probe import find_nodes
 

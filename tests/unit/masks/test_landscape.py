@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from landscapes import all_rows, landscape_of, random_kept
+from landscapes import all_rows, circuit_of, landscape_of, random_kept
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.circuit.conversion import leaves_of
 from tl_nodeprune.masks.landscape import circuits_of
 from tl_nodeprune.nodes.space import GateKey
 
@@ -29,8 +30,8 @@ def test_a_loss_is_that_of_the_circuit(frozen_toy: Toy, ablation: str, granulari
     for key, ids in landscape.gates(torch.arange(landscape.n)).items():
         if key in landscape.keys and (key.layer == 1 or key.layer == 2 and key.granularity in ("attn_neuron", "head")):
             kept[ids.flatten()] = False
-    loss, circuit = float(landscape.losses(circuits_of([kept]), all_rows(landscape)).loss.mean()), landscape.circuit(kept)
-    assert not circuit.live(landscape.space.granularities[0], 1).any() and torch.equal(landscape.flat(circuit), kept)
+    loss, circuit = float(landscape.losses(circuits_of([kept]), all_rows(landscape)).loss.mean()), circuit_of(landscape, kept)
+    assert not circuit.live(landscape.space.granularities[0], 1).any() and torch.equal(leaves_of(circuit), kept)
     assert loss > 0.01 and tlnp.evaluate(model, circuit, prompts).kl == pytest.approx(loss, rel=1e-3)
 
 

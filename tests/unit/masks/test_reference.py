@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from circuits import full_logits
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit.circuit import full_logits
 from tl_nodeprune.masks.reference import Reference
 
 Toy = tuple[Any, tlnp.PromptPairs]

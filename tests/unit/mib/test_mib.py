@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit.scores import NodeScores
-from tl_nodeprune.mib.measures import SIZES, FaithfulnessCurve, area
+from tl_nodeprune.circuit.scores import SIZES, NodeScores
+from tl_nodeprune.mib.measures import FaithfulnessCurve, area
 from tl_nodeprune.nodes.probe import find_nodes
 
 Toy = tuple[Any, tlnp.PromptPairs]

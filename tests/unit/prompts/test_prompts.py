@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from circuits import full_logits
 from torch import Tensor
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.nodes.hooks import answer_logits
 from tl_nodeprune.nodes.probe import find_nodes
-from tl_nodeprune.prompts.pairs import FILL
+from tl_nodeprune.prompts.checks import FILL
 
 Toy = tuple[Any, tlnp.PromptPairs]
 IDS, ONE, TWO = torch.arange(6).view(2, 3), torch.tensor([1, 1]), torch.tensor([2, 2])
@@ -211,10 +212,10 @@ def test_correct_keeps_what_the_model_answers_right(toy: Toy) -> None:
     model, prompts = toy
     turned = tlnp.PromptPairs(prompts.clean, prompts.corrupted, prompts.wrong_answers, prompts.answers, prompts.attention_mask)
     right = prompts.correct(model, batch_size=7)
-    assert 0 < len(right) <= 24 and bool((right.logit_diff(tlnp.circuit.circuit.full_logits(model, right)) > 0).all())
+    assert 0 < len(right) <= 24 and bool((right.logit_diff(full_logits(model, right)) > 0).all())
     with pytest.raises(ValueError, match="none of the .* prompts right"):
         tlnp.PromptPairs(**{f: getattr(turned, f) for f in turned.__dataclass_fields__})[
-            torch.arange(24)[prompts.logit_diff(tlnp.circuit.circuit.full_logits(model, prompts)) > 0]].correct(model)
+            torch.arange(24)[prompts.logit_diff(full_logits(model, prompts)) > 0]].correct(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])

@@ -13,6 +13,7 @@ from landscapes import landscape_of
 from torch import Tensor
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.circuit.conversion import leaves_of
 from tl_nodeprune.masks.landscape import Losses, circuits_of
 from tl_nodeprune.nodes.probe import find_nodes
 from tl_nodeprune.nodes.space import GateKey, NodeSpace
@@ -160,7 +161,7 @@ def test_no_heads_are_better_with_all_else_kept(frozen_toy: Toy, others: tlnp.Pr
     landscape, rows = landscape_of(toy, batch_size=240), torch.arange(8)
     head_of = Limits.of(landscape.space, {"head": n}).units["head"]
     kept = torch.stack([(head_of < 0) | torch.isin(head_of, torch.tensor(heads)) for heads in combinations(range(12), n)])
-    measured = landscape.losses(circuits_of([*kept, landscape.flat(found)]), rows).loss.mean(-1)
+    measured = landscape.losses(circuits_of([*kept, leaves_of(found)]), rows).loss.mean(-1)
     assert measured[-1] < measured[:-1].min()
     assert found.count()["head"] == n and found.count()["mlp_neuron"] > 0.7 * 1152
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.search import Estimate
+from tl_nodeprune.search.estimate import Estimate
 
 Toy = tuple[Any, tlnp.PromptPairs]
 COARSE = ("head", "mlp")

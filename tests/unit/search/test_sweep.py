@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.evidence.evaluation import Metrics
+from tl_nodeprune.circuit.evaluation import Metrics
 from tl_nodeprune.nodes.probe import find_nodes
 from tl_nodeprune.nodes.space import GateKey, NodeSpace
-from tl_nodeprune.search import SweepRun
+from tl_nodeprune.search.sweep import SweepRun
 
 Toy = tuple[Any, tlnp.PromptPairs]
 SHAPES = {GateKey("attn", 0): (), GateKey("head", 0): (2,), GateKey("attn_neuron", 0): (2, 2), GateKey("mlp", 0): (),

@@ -6,9 +6,9 @@ import random
 from typing import Any
 
 import pytest
+from circuits import full_logits
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit.circuit import full_logits
 from tl_nodeprune.toy.train import draw
 
 Toy = tuple[Any, tlnp.PromptPairs]

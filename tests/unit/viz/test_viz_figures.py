@@ -13,9 +13,10 @@ from torch import Tensor
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.circuit.effects import Effects
-from tl_nodeprune.evidence.evaluation import Metrics
+from tl_nodeprune.circuit.evaluation import Metrics
 from tl_nodeprune.nodes.space import GateKey, NodeSpace
-from tl_nodeprune.search import Step, SweepRun
+from tl_nodeprune.search.result import Step
+from tl_nodeprune.search.sweep import SweepRun
 from tl_nodeprune.viz.values import effect_of
 
 SHAPES = {"layer": (), "attn": (), "mlp": (), "head": (3,), "attn_neuron": (3, 4), "mlp_neuron": (8,), "mlp_out": (5,)}

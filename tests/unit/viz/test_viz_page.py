@@ -14,9 +14,8 @@ from plotly.offline import get_plotlyjs
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.nodes.probe import find_nodes
-from tl_nodeprune.search import Step
-from tl_nodeprune.viz import save_html
-from tl_nodeprune.viz.page import parts_of
+from tl_nodeprune.search.result import Step
+from tl_nodeprune.viz.page import parts_of, save_html
 
 Toy = tuple[Any, tlnp.PromptPairs]
 

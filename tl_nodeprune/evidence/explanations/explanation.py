@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from tl_nodeprune.evidence.evaluation import Metrics
+from tl_nodeprune.circuit import Metrics
 from tl_nodeprune.evidence.units import Unit
 
 STANDS_OUT = 0.1

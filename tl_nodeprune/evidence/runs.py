@@ -12,16 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.masks.ablation import Ablation
-from tl_nodeprune.masks.losses import kl_divergence
-from tl_nodeprune.masks.reference import Reference
-from tl_nodeprune.nodes.attachment import temporary_hooks
-from tl_nodeprune.nodes.checks import check_finite
-from tl_nodeprune.nodes.hooks import mask_hooks
-from tl_nodeprune.nodes.probe import rounding
-from tl_nodeprune.nodes.space import NodeSpace
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.masks import Ablation, Reference, kl_divergence
+from tl_nodeprune.nodes import NodeSpace, check_finite, rounding
+from tl_nodeprune.prompts import PromptPairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +75,7 @@ class Runs:
         masks = {hook: mask.to(self.reference.full.device) for hook, mask in masks.items()}
         for chunk in self.reference.chunks(torch.arange(len(circuits) * n)):
             rows, which = chunk % n, (chunk // n).to(self.reference.full.device)
-            own, stand_ins = {hook: mask[which] for hook, mask in masks.items()}, self.reference.stand_ins(rows)
-            with temporary_hooks(self.model, mask_hooks(own, own.__getitem__, stand_ins.__getitem__)):
-                logits.append(self.reference.logits(self.reference.prompts[rows]))
+            logits.append(self.reference.logits(rows, {hook: mask[which] for hook, mask in masks.items()}))
         found = torch.cat(logits)
         return _scores(found, self.reference.full, self.reference.prompts, len(circuits))
 

@@ -11,20 +11,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.runs import Runs, Scores
-from tl_nodeprune.evidence.circuit_run import CircuitRun
-from tl_nodeprune.evidence.evaluation import Metrics
-from tl_nodeprune.evidence.explanation import LOGITS, STANDS_OUT, Explanation, NodeRole
-from tl_nodeprune.evidence.node_roles import describe
-from tl_nodeprune.evidence.path_patching import Edge, path_effects
-from tl_nodeprune.evidence.sentences import sentences_of
+from tl_nodeprune.circuit import Circuit, Metrics
+from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun
+from tl_nodeprune.evidence.explanations.explanation import LOGITS, STANDS_OUT, Explanation, NodeRole
+from tl_nodeprune.evidence.explanations.node_roles import describe
+from tl_nodeprune.evidence.explanations.path_patching import Edge, path_effects
+from tl_nodeprune.evidence.explanations.sentences import sentences_of
+from tl_nodeprune.evidence.runs import Runs, Scores
 from tl_nodeprune.evidence.units import Unit, closed, units_of
-from tl_nodeprune.masks.node_masks import masks_off
-from tl_nodeprune.masks.reference import positions
-from tl_nodeprune.nodes.checks import check_counts, check_types
-from tl_nodeprune.nodes.probe import can_slice, check_ready
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.masks import masks_off
+from tl_nodeprune.nodes import can_slice, check_counts, check_ready, check_types
+from tl_nodeprune.prompts import PromptPairs, positions
 
 PATHS = 16
 """Prompts that paths are measured on."""

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from circuits import circuit_logits, full_logits
 from scipy import stats
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit.circuit import circuit_logits, full_logits
 from tl_nodeprune.evidence.units import Unit, closed
 from tl_nodeprune.masks.ablation import ABLATIONS
 from tl_nodeprune.nodes.probe import find_nodes

@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.evidence.circuit_run import CircuitRun, adds_to_stream, detached, output_hook
+from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun, adds_to_stream, detached, output_hook
 from tl_nodeprune.evidence.units import Unit
-from tl_nodeprune.nodes.attachment import HookFn
-from tl_nodeprune.nodes.space import GateKey
+from tl_nodeprune.nodes import GateKey, HookFn
 
 Edge = tuple[Unit, Unit | None]
 """Sender and receiver; None: the logits."""

@@ -10,16 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.evidence.attention_roles import by_role, even, roles_of
-from tl_nodeprune.evidence.circuit_run import CircuitRun, adds_to_stream, output_hook
-from tl_nodeprune.evidence.explanation import NodeRole
-from tl_nodeprune.evidence.readout import Readout, token_text, top_tokens, weighted
-from tl_nodeprune.evidence.top_neurons import top_neurons
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.evidence.explanations.attention_roles import by_role, even, roles_of
+from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun, adds_to_stream, output_hook
+from tl_nodeprune.evidence.explanations.explanation import NodeRole
+from tl_nodeprune.evidence.explanations.readout import Readout, token_text, top_tokens, weighted
+from tl_nodeprune.evidence.explanations.top_neurons import top_neurons
 from tl_nodeprune.evidence.units import Unit
-from tl_nodeprune.masks.reference import positions
-from tl_nodeprune.nodes.space import GateKey
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.nodes import GateKey
+from tl_nodeprune.prompts import PromptPairs, positions
 
 MLPS = 3  # whose neurons are looked at
 

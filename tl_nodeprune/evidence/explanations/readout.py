@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.nodes.attachment import temporary_hooks
-from tl_nodeprune.nodes.checks import FILL
+from tl_nodeprune.nodes import temporary_hooks
+from tl_nodeprune.prompts.checks import FILL
 
 _SCALE = "ln_final.hook_scale"
 _CLOSE = 1e-2  # of the logits' spread: what the linear map may miss, with room for half precision

@@ -10,16 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.evidence.circuit_run import CircuitRun, adds_to_stream, output_hook
-from tl_nodeprune.evidence.explanation import Neuron
-from tl_nodeprune.evidence.readout import Readout, prompt_text, token_text, top_tokens
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun, adds_to_stream, output_hook
+from tl_nodeprune.evidence.explanations.explanation import Neuron
+from tl_nodeprune.evidence.explanations.readout import Readout, prompt_text, token_text, top_tokens
 from tl_nodeprune.evidence.units import Unit
-from tl_nodeprune.masks.ablation import Ablation
-from tl_nodeprune.masks.reference import positions
-from tl_nodeprune.nodes.attachment import HookFn
-from tl_nodeprune.nodes.space import GateKey
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.masks import Ablation
+from tl_nodeprune.nodes import GateKey, HookFn
+from tl_nodeprune.prompts import PromptPairs, positions
 
 MOST = 3
 PROMPTS = 3  # on which a neuron is most active

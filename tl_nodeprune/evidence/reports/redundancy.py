@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.runs import Runs
+from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.evidence.reports.judged import JudgedCircuit
+from tl_nodeprune.evidence.reports.minimality import UnitEffects
+from tl_nodeprune.evidence.runs import Runs
 from tl_nodeprune.evidence.units import Unit, closed, opened
 
 MATTERS = 0.01  # of KL(full || ablated): a rise of the KL below this counts as none
@@ -39,6 +41,20 @@ class Redundancy:
                     f"without one of them by {(1 - self.recovered) * self.rise:.2g} at most")
         return (f"either {self.unit} or {others} suffices: with {self.unit} out, which costs {self.rise:.3g} nats, {others} "
                 f"{'brings' if len(self.others) == 1 else 'bring'} back {self.recovered:.0%} of that")
+
+
+def redundancies(judged: JudgedCircuit, effects: UnitEffects) -> tuple[list[Redundancy], int, int]:
+    """Those found; how many units' stand-ins were looked for; among how many kept units, those of smallest effect, pairs were tried."""
+    least, most = MATTERS * float(judged.ablated.kl.mean()), (1 - RECOVERED) * float(judged.ablated.kl.mean())
+    rises = dict(zip(effects.units, effects.kl_rise.tolist(), strict=True))
+    needed = {unit: rise for unit, rise in rises.items() if rise >= least}
+    slight = sorted((unit for unit in rises if rises[unit] <= most), key=lambda unit: rises[unit])[:PAIRS_AMONG]
+    found = stand_ins(judged.runs, judged.circuit, judged.kl, needed, judged.units)
+    pairs = kept_pairs(judged.runs, judged.circuit, judged.kl, {unit: rises[unit] for unit in slight}, least)
+    paired = {unit for pair in pairs for unit in (pair.unit, *pair.others)}
+    groups = kept_groups(judged.runs, judged.circuit, judged.kl, {unit: rises[unit] for unit in slight if unit not in paired}, least)
+    found += pairs + groups
+    return found, len(needed), len(slight)
 
 
 def stand_ins(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, float], units: Sequence[Unit]) -> list[Redundancy]:

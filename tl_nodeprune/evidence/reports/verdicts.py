@@ -1,21 +1,84 @@
-"""A report's verdicts: each finding in words, and whether it speaks for the circuit."""
+"""What was found about a circuit: the numbers of a report, each in words, and whether it speaks for the circuit."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from tl_nodeprune.evidence.redundancy import MATTERS
-from tl_nodeprune.prompts.preference import FEWEST, SIGNIFICANT
+import pandas as pd
 
-if TYPE_CHECKING:
-    from tl_nodeprune.evidence.reporting import Report
+from tl_nodeprune.circuit import Circuit, Evaluation
+from tl_nodeprune.evidence.hypotheses import HypothesisTest
+from tl_nodeprune.evidence.reports.completeness import Completeness
+from tl_nodeprune.evidence.reports.random_circuits import RandomDraws
+from tl_nodeprune.evidence.reports.redundancy import MATTERS, Redundancy
+from tl_nodeprune.prompts import FEWEST, SIGNIFICANT
 
 LEFT = 0.2
 """Of the task's effect on the logit difference: more must not be left without the circuit, nor lie between model and circuit on average."""
 MARKS = {True: "yes", False: "no", None: "-"}
 NAMED = 5  # redundancies that a sentence names
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a report holds for. size: live leaf nodes of size_total. held_out: whether the prompts judged on were given as held out from the
+    search. units: "block" or "node"; units_tried of units_kept were taken out one at a time."""
+
+    model: str
+    ablation: str
+    granularities: tuple[str, ...]
+    layers: tuple[int, ...]
+    size: int
+    size_total: int
+    n_prompts: int
+    held_out: bool
+    units: str
+    units_tried: int
+    units_kept: int
+    n_random: int
+    n_subsets: int
+    alpha: float
+    seed: int
+
+    def __str__(self) -> str:
+        seen = "held out from the search" if self.held_out else "none given as held out"
+        return (f"a circuit of {self.size:,} of {self.size_total:,} leaf nodes ({', '.join(self.granularities)}; layers "
+                f"{', '.join(map(str, self.layers))}) in {self.model or 'an unnamed model'}; {self.ablation} ablation, nodes cut at all "
+                f"positions, outputs read at the answer positions; {self.n_prompts} prompts, {seen}; {self.units_tried} of "
+                f"{self.units_kept} kept units ({self.units}) tried, {self.n_random} random draws, {self.n_subsets} subsets, "
+                f"alpha {self.alpha:g}, seed {self.seed}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """The numbers of a report, not yet judged.
+
+    circuit: the one judged. settings: what all of it holds for. evaluation: on the prompts judged on; searched: on those of the search,
+    where others were held out. intervals: 95 %, for the means of the evaluation, by name; NaN for fewer than 10 prompts. task_p: see
+    `Preference.p_value`, NaN where there are no corrupted prompts. ablations: the circuit judged under each ablation. effects: a row per
+    unit tried, with what its removal does (see `UnitEffects`) and its p-value of `hypotheses.minimality`. redundancies: units that
+    can do each other's work; stand_ins_sought, pairs_among: for, and among, how many units they were looked for. notes: what else to know.
+    """
+
+    circuit: Circuit = field(repr=False)
+    settings: Settings
+    evaluation: Evaluation
+    searched: Evaluation | None
+    intervals: Mapping[str, tuple[float, float]] = field(repr=False)
+    task_p: float
+    completeness: Completeness
+    null: RandomDraws
+    equivalence: HypothesisTest
+    independence: HypothesisTest
+    minimality: HypothesisTest
+    ablations: pd.DataFrame
+    effects: pd.DataFrame
+    redundancies: tuple[Redundancy, ...]
+    stand_ins_sought: int
+    pairs_among: int
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -30,7 +93,7 @@ class Verdict:
         return f"[{MARKS[self.passed]:^3}] {self.name}: {self.sentence}"
 
 
-def verdicts_of(report: Report) -> tuple[Verdict, ...]:
+def verdicts_of(report: Findings) -> tuple[Verdict, ...]:
     """All verdicts, the task first. Where the full model does not do it, or on too few prompts, none of the others speaks for a circuit or
     against it."""
     tests = [Verdict(test.name, test.passed, test.sentence) for test in (report.equivalence, report.independence, report.minimality)]
@@ -42,7 +105,7 @@ def verdicts_of(report: Report) -> tuple[Verdict, ...]:
     return (task, *others)
 
 
-def _task(report: Report) -> Verdict:
+def _task(report: Findings) -> Verdict:
     n, p = report.settings.n_prompts, report.task_p
     if math.isnan(p):
         return Verdict("task", None, "Not tested: corrupted prompts are the same as the clean ones. The full model prefers the answer to "
@@ -56,7 +119,7 @@ def _task(report: Report) -> Verdict:
                    "of a task can be claimed; what follows is about the model's output alone.")
 
 
-def _faithfulness(report: Report) -> Verdict:
+def _faithfulness(report: Findings) -> Verdict:
     found = report.evaluation
 
     def within(name: str, form: str = ".3g") -> str:
@@ -71,7 +134,7 @@ def _faithfulness(report: Report) -> Verdict:
         f"{found.full.accuracy:.0%}{scale}."))
 
 
-def _completeness(report: Report) -> Verdict:
+def _completeness(report: Findings) -> Verdict:
     found = report.completeness
     known = not (math.isnan(found.left) or math.isnan(found.gap_share))
     parts = "no part of it could be" if not len(found.gaps) else (
@@ -86,7 +149,7 @@ def _percent(share: float) -> str:
     return "an unknown share" if math.isnan(share) else f"{round(100 * share)}%"  # an int: no -0%
 
 
-def _random_circuits(report: Report) -> Verdict:
+def _random_circuits(report: Findings) -> Verdict:
     null, alpha, name = report.null, report.settings.alpha, "random circuits"
     where = "in all layers together" if null.over_layers else "in each layer"
     if null.possible < 2:
@@ -101,7 +164,7 @@ def _random_circuits(report: Report) -> Verdict:
     return Verdict(name, low, f"Its KL is {'lower than that of nearly all' if low else 'not clearly lower than those'} {tail}.")
 
 
-def _redundancy(report: Report) -> Verdict:
+def _redundancy(report: Findings) -> Verdict:
     found = report.redundancies
     if found:
         more = f"; and {len(found) - NAMED} more" if len(found) > NAMED else ""
@@ -121,7 +184,7 @@ def _redundancy(report: Report) -> Verdict:
         "looked for."))
 
 
-def _ablations(report: Report) -> Verdict:
+def _ablations(report: Findings) -> Verdict:
     table = report.ablations
     each = "; ".join(f"{name}: faithfulness {row['faithfulness']:.3g}, KL {row['kl']:.3g} nats" for name, row in table.iterrows())
     return Verdict("ablations", None, f"Found under {report.settings.ablation}, judged under {each}.")

@@ -14,20 +14,20 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from tl_nodeprune.circuit.circuit import Circuit
-from tl_nodeprune.circuit.runs import Runs
-from tl_nodeprune.evidence.evaluation import evaluate
+from tl_nodeprune.circuit import Circuit, evaluate
 from tl_nodeprune.evidence.hypotheses import HypothesisTest, equivalence, independence, minimality
-from tl_nodeprune.evidence.reporting import Report, Settings
-from tl_nodeprune.evidence.trial import Trial, UnitEffects
+from tl_nodeprune.evidence.reports.completeness import completeness
+from tl_nodeprune.evidence.reports.document import Report
+from tl_nodeprune.evidence.reports.judged import JudgedCircuit
+from tl_nodeprune.evidence.reports.minimality import UnitEffects, random_effects, unit_effects
+from tl_nodeprune.evidence.reports.random_circuits import random_circuits
+from tl_nodeprune.evidence.reports.redundancy import redundancies
+from tl_nodeprune.evidence.reports.verdicts import Settings
+from tl_nodeprune.evidence.runs import Runs
 from tl_nodeprune.evidence.units import units_of
-from tl_nodeprune.masks.ablation import ABLATIONS, Ablation
-from tl_nodeprune.masks.constants import with_optimal_constants
-from tl_nodeprune.masks.node_masks import masks_off
-from tl_nodeprune.nodes.checks import check_counts, check_level, check_seed, check_types
-from tl_nodeprune.nodes.probe import check_ready, model_name
-from tl_nodeprune.prompts.pairs import PromptPairs
-from tl_nodeprune.prompts.preference import preference
+from tl_nodeprune.masks import ABLATIONS, Ablation, masks_off, optimal_constants
+from tl_nodeprune.nodes import check_counts, check_level, check_ready, check_seed, check_types, model_name
+from tl_nodeprune.prompts import PromptPairs, preference
 
 FEWEST_FOR_INTERVALS = 10
 
@@ -54,51 +54,51 @@ def report(
     with dropout; FloatingPointError for NaN or inf logits.
     """
     check_types(report, locals())
-    judged = prompts if held_out is None else held_out
-    repeated = len(judged) - len(judged := judged.without_repeats())
-    for given in (prompts, judged):
+    judged_on = prompts if held_out is None else held_out
+    repeated = len(judged_on) - len(judged_on := judged_on.without_repeats())
+    for given in (prompts, judged_on):
         given.check_corrupted(circuit.ablation.name)
     check_counts(n_random=n_random, n_subsets=n_subsets, max_units=max_units, batch_size=batch_size)
     check_level(alpha=alpha)
     check_seed(seed)
     every_unit = units_of(circuit.space, units)
     with masks_off(model):
-        _check_fits(model, circuit, {"prompts": prompts, "held_out": judged})
-        runs = Runs(model, judged, circuit.space, circuit.ablation, batch_size=batch_size, progress=progress)
-        trial = Trial(runs, circuit, every_unit, max_units=max_units, generator=torch.Generator().manual_seed(seed))
-        task, effects = preference(model, judged, batch_size), trial.effects()
-        tests, p_values = _tests(trial, effects, n_random, alpha, seed)
-        found, looked_for, paired = trial.redundancies(effects)
-        evaluation = evaluate(model, circuit, judged, batch_size=batch_size)
-        ablations, left_out = _under_each_ablation(model, circuit, prompts, judged, batch_size)
+        _check_fits(model, circuit, {"prompts": prompts, "held_out": judged_on})
+        runs = Runs(model, judged_on, circuit.space, circuit.ablation, batch_size=batch_size, progress=progress)
+        judged = JudgedCircuit(runs, circuit, every_unit, max_units=max_units, generator=torch.Generator().manual_seed(seed))
+        task, effects = preference(model, judged_on, batch_size), unit_effects(judged)
+        tests, p_values = _tests(judged, effects, n_random, alpha, seed)
+        found, looked_for, paired = redundancies(judged, effects)
+        evaluation = evaluate(model, circuit, judged_on, batch_size=batch_size)
+        ablations, left_out = _under_each_ablation(model, circuit, prompts, judged_on, batch_size)
         return Report(
             circuit=circuit,
             settings=Settings(circuit.space.model_name, circuit.ablation.name, circuit.space.granularities, circuit.space.layers,
-                              circuit.size, circuit.size_total, len(judged), held_out is not None, units, len(trial.tried),
-                              len(trial.kept), n_random, n_subsets, alpha, seed),
+                              circuit.size, circuit.size_total, len(judged_on), held_out is not None, units, len(judged.tried),
+                              len(judged.kept), n_random, n_subsets, alpha, seed),
             evaluation=evaluation, searched=None if held_out is None else evaluate(model, circuit, prompts, batch_size=batch_size),
-            intervals=_intervals(trial, seed), task_p=task.p_value, completeness=trial.completeness(n_subsets),
-            null=trial.random_circuits(n_random), **tests, ablations=ablations, effects=_frame(effects, p_values),
+            intervals=_intervals(judged, seed), task_p=task.p_value, completeness=completeness(judged, n_subsets),
+            null=random_circuits(judged, n_random), **tests, ablations=ablations, effects=_frame(effects, p_values),
             redundancies=tuple(found), stand_ins_sought=looked_for, pairs_among=paired,
-            notes=(*left_out, *_notes(model, circuit, prompts, judged, repeated, held_out is not None)),
+            notes=(*left_out, *_notes(model, circuit, prompts, judged_on, repeated, held_out is not None)),
         )
 
 
-def _tests(trial: Trial, effects: UnitEffects, n_random: int, alpha: float, seed: int
+def _tests(judged: JudgedCircuit, effects: UnitEffects, n_random: int, alpha: float, seed: int
            ) -> tuple[dict[str, HypothesisTest], NDArray[np.float64]]:
     """The tests by name, and each unit's p-value of minimality."""
-    scores = {name: getattr(trial, name).score[0] for name in ("itself", "full", "ablated", "complement")}
+    scores = {name: getattr(judged, name).score[0] for name in ("itself", "full", "ablated", "complement")}
     p_values = np.full(len(effects.units), np.nan)
 
     def of_units() -> HypothesisTest:
-        if not trial.spare:
+        if not judged.spare:
             raise ValueError("every unit is kept whole, so there is no random one to compare with.")
-        reference, names = trial.random_effects(n_random), [str(unit) for unit in effects.units]
+        reference, names = random_effects(judged, n_random), [str(unit) for unit in effects.units]
         test, p_values[:] = minimality(effects.score_change, reference, alpha=alpha, names=names)
         return test
 
     def equal() -> HypothesisTest:
-        return equivalence(scores["itself"], scores["full"], alpha=alpha, ties=trial.runs.resolution)
+        return equivalence(scores["itself"], scores["full"], alpha=alpha, ties=judged.runs.resolution)
 
     def knocked_out(name: str) -> HypothesisTest:
         return _made("independence", lambda: independence(scores[name], scores["full"], alpha=alpha, seed=seed))
@@ -125,35 +125,34 @@ def _frame(effects: UnitEffects, p_values: NDArray[np.float64]) -> pd.DataFrame:
     return table.sort_values("kl_rise", ascending=False)
 
 
-def _under_each_ablation(model: Any, circuit: Circuit, prompts: PromptPairs, judged: PromptPairs, batch_size: int
+def _under_each_ablation(model: Any, circuit: Circuit, prompts: PromptPairs, judged_on: PromptPairs, batch_size: int
                          ) -> tuple[pd.DataFrame, list[str]]:
     """A row per ablation with the circuit's metrics under it, and which were left out, why. Means and constants are those of the search's
     prompts."""
     rows, left_out = {}, []
     for name in ABLATIONS:
         ablation = circuit.ablation if name == circuit.ablation.name else Ablation(name)
-        if name == "interchange" and not judged.has_corrupted:
+        if name == "interchange" and not judged_on.has_corrupted:
             left_out.append("Interchange ablation is left out: all corrupted prompts are the same as the clean ones.")
-        elif name == "mean" and not ablation.fitted and judged.reach > prompts.reach:
+        elif name == "mean" and not ablation.fitted and judged_on.reach > prompts.reach:
             left_out.append("Mean ablation is left out: the held-out prompts are longer than those of the search, whose means it takes.")
         else:
             if name == "optimal" and not ablation.fitted:
-                under = with_optimal_constants(model, circuit, prompts, batch_size=batch_size)
+                fitted = optimal_constants(model, circuit.masks, prompts, batch_size=batch_size)
             else:
                 fitted = ablation.fit(model, prompts, circuit.space.hooks, batch_size=batch_size)
-                under = circuit.under(fitted)
-            found = evaluate(model, under, judged, batch_size=batch_size)
+            found = evaluate(model, circuit.under(fitted), judged_on, batch_size=batch_size)
             rows[name] = found.to_frame().loc["circuit"].to_dict() | {"found_under": name == circuit.ablation.name}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("ablation"), left_out
 
 
-def _intervals(trial: Trial, seed: int) -> dict[str, tuple[float, float]]:
+def _intervals(judged: JudgedCircuit, seed: int) -> dict[str, tuple[float, float]]:
     """95 % intervals over prompts: `bootstrap`, but Wilson's for shares, which a bootstrap gives no width at 0 and 1."""
-    one = trial.itself
+    one = judged.itself
     n = one.score.shape[1]
     if n < FEWEST_FOR_INTERVALS:
         return dict.fromkeys(("kl", "accuracy", "logit_diff", "exact_match", "faithfulness"), (math.nan, math.nan))
-    circuit, full, ablated = (scores.score[0].double().numpy() for scores in (one, trial.full, trial.ablated))
+    circuit, full, ablated = (scores.score[0].double().numpy() for scores in (one, judged.full, judged.ablated))
 
     def faithfulness(c: NDArray[Any], f: NDArray[Any], a: NDArray[Any], axis: int = -1) -> NDArray[Any]:
         with np.errstate(all="ignore"):
@@ -165,7 +164,7 @@ def _intervals(trial: Trial, seed: int) -> dict[str, tuple[float, float]]:
 
     return {"kl": bootstrap(np.mean, one.kl[0].double().numpy(), seed=seed), "accuracy": share(one.score[0] > 0),
             "logit_diff": bootstrap(np.mean, circuit, seed=seed), "exact_match": share(one.agrees[0]),
-            "faithfulness": bootstrap(faithfulness, circuit, full, ablated, seed=seed) if trial.share(0) == 0 else (math.nan, math.nan)}
+            "faithfulness": bootstrap(faithfulness, circuit, full, ablated, seed=seed) if judged.share(0) == 0 else (math.nan, math.nan)}
 
 
 def bootstrap(statistic: Any, *data: NDArray[Any], seed: int) -> tuple[float, float]:
@@ -188,17 +187,17 @@ def _check_fits(model: Any, circuit: Circuit, given: dict[str, PromptPairs]) -> 
         prompts.check_fits(model, name)
 
 
-def _notes(model: Any, circuit: Circuit, prompts: PromptPairs, judged: PromptPairs, repeated: int, held_out: bool) -> list[str]:
+def _notes(model: Any, circuit: Circuit, prompts: PromptPairs, judged_on: PromptPairs, repeated: int, held_out: bool) -> list[str]:
     other = circuit.space.other_name(model_name(model))
     notes = [f"The circuit was found on {other}."] if other else []
     if repeated:
         notes.append(f"{repeated} pairs are left out, since the clean prompt of each is there in another pair already.")
-    if same := judged.n_same if circuit.ablation.name == "interchange" else 0:
-        notes.append(f"{same} of the {len(judged)} corrupted prompts are the same as the clean ones, so that nothing is ablated there.")
+    if same := judged_on.n_same if circuit.ablation.name == "interchange" else 0:
+        notes.append(f"{same} of the {len(judged_on)} corrupted prompts are the same as the clean ones, so that nothing is ablated there.")
     if not held_out:
         notes.append("No held-out prompts were given: if the circuit was searched on these, all that is good here is too good.")
     else:
         seen = {tuple(row) for row in prompts.clean.tolist()}
-        if again := sum(tuple(row) in seen for row in judged.clean.tolist()):
-            notes.append(f"{again} of the {len(judged)} held-out prompts are among those of the search as well.")
+        if again := sum(tuple(row) in seen for row in judged_on.clean.tolist()):
+            notes.append(f"{again} of the {len(judged_on)} held-out prompts are among those of the search as well.")
     return notes

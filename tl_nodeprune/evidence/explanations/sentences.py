@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tl_nodeprune.evidence.explanation import LEADS, STANDS_OUT, WHOLE_TASK, Explanation, NodeRole, figure, listed, share
+from tl_nodeprune.evidence.explanations.explanation import LEADS, STANDS_OUT, WHOLE_TASK, Explanation, NodeRole, figure, listed, share
 
 _NAMED = 4  # nodes that a sentence names one by one
 

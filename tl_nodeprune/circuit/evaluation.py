@@ -9,12 +9,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tl_nodeprune.circuit.circuit import Circuit, circuit_logits, full_logits
-from tl_nodeprune.masks.losses import kl_divergence
-from tl_nodeprune.masks.node_masks import masks_off
-from tl_nodeprune.nodes.checks import check_counts, check_finite, check_types
-from tl_nodeprune.nodes.probe import check_ready, rounding
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.circuit.circuit import Circuit
+from tl_nodeprune.masks import MaskedModel, kl_divergence, masks_off
+from tl_nodeprune.nodes import check_counts, check_finite, check_ready, check_types, rounding
+from tl_nodeprune.prompts import PromptPairs
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,11 @@ def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: 
         circuit.check_fits(model)
         prompts.check_fits(model)
         prompts.check_corrupted(circuit.ablation.name)
-        full = torch.cat([full_logits(model, batch) for batch in prompts.batches(batch_size)])
-        runs = {"circuit": circuit_logits(model, circuit, prompts, batch_size=batch_size), "full": full,
-                "ablated": circuit_logits(model, Circuit.empty(circuit.space, circuit.ablation), prompts, batch_size=batch_size)}
-    metrics = {name: _metrics(logits, full, prompts) for name, logits in runs.items()}
+        runs = MaskedModel(model, prompts, circuit.ablation, circuit.space.hooks, batch_size=batch_size)
+        full = runs.all_logits(of="the full model")
+        logits = {"circuit": runs.all_logits(circuit), "full": full,
+                  "ablated": runs.all_logits({hook: torch.zeros_like(mask) for hook, mask in circuit.items()})}
+    metrics = {name: _metrics(each, full, prompts) for name, each in logits.items()}
     span = metrics["full"].logit_diff - metrics["ablated"].logit_diff
     gained = metrics["circuit"].logit_diff - metrics["ablated"].logit_diff
     told_apart = abs(span) > rounding(model, prompts.logit_diff(full))

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from circuits import circuit_logits
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.circuit.circuit import circuit_logits
-from tl_nodeprune.circuit.runs import Runs
+from tl_nodeprune.evidence.runs import Runs
 from tl_nodeprune.nodes.probe import find_nodes
 
 Toy = tuple[Any, tlnp.PromptPairs]

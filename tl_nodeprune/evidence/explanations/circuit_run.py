@@ -9,13 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.circuit.circuit import Circuit
+from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evidence.units import Unit, closed
-from tl_nodeprune.masks.reference import positions
-from tl_nodeprune.nodes.attachment import Attachment, HookFn
-from tl_nodeprune.nodes.hooks import answer_logits, mask_hooks
-from tl_nodeprune.nodes.space import HOOKS, GateKey
-from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.nodes import HOOKS, Attachment, GateKey, HookFn, answer_logits, mask_hooks
+from tl_nodeprune.prompts import PromptPairs, positions
 
 Keep = Callable[[Tensor], Tensor]
 
