@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from tl_nodeprune.viz.comparison import compare
 from tl_nodeprune.viz.curves import agreement, frontier, history
+from tl_nodeprune.viz.explanation import answer_attention, explanation
 from tl_nodeprune.viz.graph import circuit_graph
 from tl_nodeprune.viz.maps import mask_map, neuron_map
 from tl_nodeprune.viz.overview import overview
@@ -26,6 +27,6 @@ from tl_nodeprune.viz.tokens import kept_heads, kept_neurons, pruned_neurons, to
 from tl_nodeprune.viz.values import node_table
 
 __all__ = [
-    "agreement", "circuit_graph", "compare", "frontier", "history", "kept_heads", "kept_neurons", "mask_map", "neuron_map", "node_table",
-    "overview", "pruned_neurons", "save_html", "token_effects",
+    "agreement", "answer_attention", "circuit_graph", "compare", "explanation", "frontier", "history", "kept_heads", "kept_neurons",
+    "mask_map", "neuron_map", "node_table", "overview", "pruned_neurons", "save_html", "token_effects",
 ]
