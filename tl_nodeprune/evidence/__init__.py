@@ -1,14 +1,14 @@
 """What speaks for a circuit and what against it.
 
-explanations `explain`: what a circuit does, in three sentences and ten nodes
-reports     `report`: completeness, minimality, random circuits of equal size, redundancy, and a verdict on each
-crosscheck  effects of single nodes by activation patching, exact and first order
-agreement   how well a circuit agrees with scores of its nodes
-hypotheses  the tests of Shi et al. 2024
-comparison  circuits of several tasks side by side, beside chance
-known       circuits of the literature
-runs        many circuits on the same prompts
-units       heads, blocks or nodes that are taken out one at a time
+explanations  `explain`: what a circuit does, in three sentences and ten nodes
+reports       `report`: completeness, minimality, random circuits of equal size, redundancy, and a verdict on each
+crosscheck    effects of single nodes by activation patching, exact and first order
+agreement     how well a circuit agrees with scores of its nodes
+hypotheses    the tests of Shi et al. 2024
+comparison    circuits of several tasks side by side, beside chance
+known         circuits of the literature
+runs          many circuits on the same prompts
+units         heads, blocks or nodes that are taken out one at a time
 """
 
 from __future__ import annotations

@@ -4,14 +4,15 @@ Figures that take a circuit take a PruneResult as well. `scores` and `effects` a
 circuit's mask there, such as `Sweep.frequency` and `crosscheck.activation_patching` give; they are shown on hover, and by colour or
 size where the figure says so. `task` is put in the title.
 
-maps        every node of a circuit by layer: kept, cut, by colour
-graph       the kept nodes as a graph, layer above layer
-comparison  several circuits beside each other
-curves      size against KL, the course of a search, how well two methods agree
-tokens      what kept nodes do, token by token (circuitsvis)
-overview    all of it for one result
-page        figures and views as one offline page
-values      what figures show of a node: its score, its effect, its state; and the table of all nodes
+maps         every node of a circuit by layer: kept, cut, by colour
+graph        the kept nodes as a graph, layer above layer
+explanation  what `tlnp.explain` found, as a graph, and where a head looks
+comparison   several circuits beside each other
+curves       size against KL, the course of a search, how well two methods agree
+tokens       what kept nodes do, token by token (circuitsvis)
+overview     all of it for one result
+page         figures and views as one offline page
+values       what figures show of a node: its score, its effect, its state; and the table of all nodes
 """
 
 from __future__ import annotations
