@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.cli.main import load_model
+from tl_nodeprune.cli.inputs import load_model
 from tl_nodeprune.nodes.probe import find_nodes
 
 

@@ -1,7 +1,7 @@
 """How often a report's interval of the KL covers the mean: `python tests/benchmarks/coverage.py [SAMPLES] [SEED]`.
 
 The population: 600 IOI prompts of the embedded model and a circuit of seven heads and an MLP, whose KL is skewed. Samples are drawn from
-it with replacement, and each is given `evidence.bootstrap`, as a report does.
+it with replacement, and each is given `reports.report.bootstrap`, as a report does.
 """
 
 from __future__ import annotations

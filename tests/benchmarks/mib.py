@@ -33,7 +33,7 @@ import report  # noqa: E402
 from trained import STEPS, TRAINED  # noqa: E402
 
 import tl_nodeprune as tlnp  # noqa: E402
-from tl_nodeprune.evidence.runs import Runs  # noqa: E402
+from tl_nodeprune.evidence.runs import CircuitRuns  # noqa: E402
 from tl_nodeprune.masks.landscape import Landscape  # noqa: E402
 from tl_nodeprune.masks.node_masks import masks_off  # noqa: E402
 from tl_nodeprune.nodes.space import NodeSpace  # noqa: E402
@@ -95,13 +95,13 @@ def bounds(model: Any, space: NodeSpace, prompts: tlnp.PromptPairs) -> dict[str,
     """f nearest to 1 and the highest f of all circuits of each size, and the CMD and CPR that follow: of nested circuits or not."""
     start, n = time.process_time(), space.free_total()
     with masks_off(model):
-        runs = Runs(model, prompts, space, tlnp.Ablation(), batch_size=256)
+        runs = CircuitRuns(model, prompts, space, tlnp.Ablation(), batch_size=256)
 
         def f_of(count: int) -> Tensor:
             kept = (torch.zeros(n).index_fill_(0, torch.tensor(nodes, dtype=torch.long), 1.0) for nodes in combinations(range(n), count))
-            return (runs(tlnp.NodeScores.from_flat(one, space).top(count) for one in kept).score.mean(1) - ablated) / (full - ablated)
+            return (runs(tlnp.NodeScores.from_flat(one, space).top(count) for one in kept).logit_diff.mean(1) - ablated) / (full - ablated)
 
-        full, ablated = float(runs.full.score.mean()), float(runs([tlnp.Circuit.empty(space)]).score.mean())
+        full, ablated = float(runs.full.logit_diff.mean()), float(runs([tlnp.Circuit.empty(space)]).logit_diff.mean())
         found = {count: f_of(count) for count in set(counts(n))}
     nearest, highest = ([float(f[pick(f)]) for count in counts(n) for f in [found[count]]] + [1.0]
                         for pick in (lambda f: (1 - f).abs().argmin(), lambda f: f.argmax()))

@@ -17,9 +17,9 @@ from report import Results
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.cli.main import load_model
+from tl_nodeprune.cli.inputs import load_model
 from tl_nodeprune.masks.landscape import Landscape
-from tl_nodeprune.search.run import Progress, Settings
+from tl_nodeprune.search.run import FEW_NODES, Progress, Settings
 
 SHARES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.08, 0.12, 0.15, 0.20, 0.30, 0.50)
 SPARE = 1.2  # prompts made for each that is wanted: some are answered wrong
@@ -78,7 +78,7 @@ class Case:
 
     @property
     def step_prompts(self) -> int:
-        return Settings(step_prompts=self.options.step_prompts).prompts_of(torch.device(self.options.device))
+        return Settings(step_prompts=self.options.step_prompts).prompts_of(torch.device(self.options.device), FEW_NODES)
 
 
 @contextmanager

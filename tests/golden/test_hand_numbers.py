@@ -11,7 +11,8 @@ import torch
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.masks.losses import choice_hinge
-from tl_nodeprune.nodes.space import GateKey, NodeSpace, combine, count_parameters, settle
+from tl_nodeprune.nodes.parameters import count_parameters
+from tl_nodeprune.nodes.space import GateKey, NodeSpace, combine, settle
 
 
 def space_of(heads: int = 2, d_head: int = 3, d_mlp: int = 5, d_model: int = 4, kv_heads: int = 2, gated: bool = False,

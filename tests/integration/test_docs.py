@@ -43,10 +43,11 @@ def test_block_runs(page: Path, line: int, code: str, tmp_path: Path, monkeypatc
 
 
 def test_no_block_is_missed() -> None:
-    """A block that is fenced otherwise ("```py", indented, a bare fence) would pass unread; those of a shell are read below."""
+    """A block that is fenced otherwise ("```py", indented, a bare fence) would pass unread; those of a shell are read below, and patches by
+    test_adding.py."""
     fences = [fence for page in PAGES for fence in re.findall(r"^.*```.*$", page.read_text(encoding="utf-8"), re.MULTILINE)]
     opened = fences[::2]
-    assert set(fences[1::2]) == {"```"} and set(opened) <= {"```python", "```sh"}
+    assert set(fences[1::2]) == {"```"} and set(opened) <= {"```python", "```sh", "```diff"}
     assert opened.count("```python") == len(blocks()) > 5
 
 
@@ -147,6 +148,15 @@ def test_drawing_is_made_from_a_circuit(toy: Any) -> None:
     ElementTree.fromstring(svg)
     assert sum(path.count("M") for path in re.findall(r'<path class="kept"[^>]* d="([^"]*)"', svg)) == circuit.size
     ElementTree.fromstring(make["floors_svg"]())
+
+
+def test_the_picture_of_the_packages_is_that_of_the_code() -> None:
+    make = runpy.run_path(str(ROOT / "docs" / "figures" / "architecture.py"))
+    svg = make["svg"]()
+    ElementTree.fromstring(svg)
+    assert svg == make["TARGET"].read_text(encoding="utf-8"), "the code has changed: run python docs/figures/architecture.py"
+    order = make["layers"]()
+    assert all(order.index(upper) < order.index(lower) for upper, lower in make["imports"]())
 
 
 def test_docstrings_become_lists() -> None:

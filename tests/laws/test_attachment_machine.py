@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import warnings
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -57,6 +58,19 @@ class Machine(RuleBasedStateMachine):
         with contextlib.suppress(RuntimeError):
             self.model.add_node_masks()
             raise AssertionError("masks over masks, or over a circuit")
+
+    @precondition(lambda self: self.masks is not None)
+    @rule(block=st.booleans())
+    def add_again(self, block: bool) -> None:
+        old, kinds = self.masks, self.masks.space.granularities  # type: ignore[union-attr]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.masks = self.model.add_node_masks(kinds, ablation=old.asked_ablation.name)  # type: ignore[union-attr]
+        assert not old.attached and self.masks.attached  # type: ignore[union-attr]
+        if block:
+            with self.masks:
+                self.model(self.prompts.clean)
+            self.masks = None
 
     @precondition(lambda self: self.masks is not None)
     @rule()

@@ -45,6 +45,9 @@ NOT_CALLED_BY_USERS = {
     "PaperObjective.train", "PaperObjective.sparsity", "Circuit.hooks_on", "Ablation.values", "PromptPairs.check_corrupted"}
 
 
+PUT_ON = (tlnp.NodeMasks.set_to, tlnp.NodeMasks.to_circuit)  # functions as methods: their masks are the method's own
+
+
 def public() -> dict[str, Callable[..., Any]]:
     """Every public function, class and method that takes arguments, by name."""
     found: dict[str, Callable[..., Any]] = {}
@@ -54,14 +57,16 @@ def public() -> dict[str, Callable[..., Any]]:
         found |= {key: value for key, value in inside.items() if callable(value)}
     for key, kind in list(found.items()):
         if kind in CLASSES:
-            found |= {f"{key}.{name}": getattr(kind, name) for name in vars(kind)
+            own = {name for one in kind.__mro__ if one.__module__.startswith("tl_nodeprune") for name in vars(one)}
+            found |= {f"{key}.{name}": getattr(kind, name) for name in sorted(own)
                       if not name.startswith("_") and callable(getattr(kind, name))}
     return {key: function for key, function in found.items() if key not in NOT_CALLED_BY_USERS and arguments_of(function)}
 
 
 def arguments_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p for p in inspect.signature(function).parameters.values() if p.name != "self" and p.kind not in variadic]
+    own = ("self", "masks") if function in PUT_ON else ("self",)
+    return [p for p in inspect.signature(function).parameters.values() if p.name not in own and p.kind not in variadic]
 
 
 @dataclass
@@ -158,6 +163,7 @@ def scores_of(world: World) -> dict[str, Tensor]:
 CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] = {
     "Ablation": lambda w: (tlnp.Ablation, {"name": "mean", "constants": {"blocks.0.hook_mlp_out": torch.zeros(3)}}),
     "About": lambda w: (tlnp.About, {"kl": 0.1, "interval": (0.0, 0.2), "versions": {"torch": "2"}}),
+    "Ablation.check_fits": lambda w: (tlnp.Ablation().check_fits, {"space": w.circuit.space}),
     "Ablation.fit": lambda w: (tlnp.Ablation("mean").fit, {"model": w.model, "prompts": w.prompts, "hooks": ["blocks.0.hook_mlp_out"]}),
     "Circuit": lambda w: (tlnp.Circuit, {"space": w.circuit.space, "gates": {k: w.circuit.live(*k) for k in w.circuit.space.shapes}}),
     "Circuit.full": lambda w: (tlnp.Circuit.full, {"space": w.circuit.space}),
@@ -203,6 +209,7 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "PromptPairs.split": lambda w: (w.prompts.split, {"share": 0.5, "seed": 0}),
     "PromptPairs.correct": lambda w: (w.prompts.correct, {"model": w.model}),
     "PromptPairs.logit_diff": lambda w: (w.prompts.logit_diff, {"logits": w.logits}),
+    "PromptPairs.show": lambda w: (w.prompts.show, {"n": 2}),
     "PromptPairs.check_fits": lambda w: (w.prompts.check_fits, {"model": w.model}),
     "PruneResult.at": lambda w: (w.result.at, {"max_nodes": 5}),
     "Report.verdict": lambda w: (w.report.verdict, {"name": "task"}),
@@ -311,6 +318,7 @@ ANY_TEXT = ("task", "command", "title", "path", "device", "checkpoint", "source"
 # words that are right, where not any text is
 WORDS = {"granularity": ("head", "mlp_neuron"), "granularities": HEADS, "ablation": ("interchange", "mean", "zero", "optimal"),
          "name": (), "hook": (),
+         "on_error": ("raise", "skip"), "long_answers": ("raise", "first"),
          "direction": ("denoise", "noise"), "units": ("block", "node"), "level": ("node", "neuron", "head"),
          "task": ("ioi", "gendered_pronoun", "greater_than"),
          "model_class": ("TransformerBridge", "HookedTransformer")}
@@ -422,6 +430,22 @@ def test_a_valid_call_leaves_every_random_generator_and_the_model(world: World, 
     assert torch.equal(before[0], torch.get_rng_state()) and before[2] == random.getstate()
     assert before[1] == np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
     assert find_attachment(world.model) is None and world.masks.attached
+
+
+def as_numpy(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(as_numpy, value))
+    kind = None if isinstance(value, bool) else np.int64 if isinstance(value, int) else np.float32 if isinstance(value, float) else None
+    return kind(value) if kind and float(kind(value)) == value else value
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CALLS)
+def test_numbers_of_numpy_are_numbers(world: World, name: str) -> None:
+    """Seeds from np.arange, budgets from np.geomspace: those of a valid call, and the defaults."""
+    call, kwargs = CALLS[name](world)
+    defaults = {p.name: p.default for p in arguments_of(FUNCTIONS[name]) if isinstance(p.default, int | float | tuple)}
+    call(**{key: as_numpy(value) for key, value in (defaults | kwargs).items()})
 
 
 TRIED: list[str] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
@@ -109,6 +110,21 @@ def attach_and_remove(model: Any, prompts: tlnp.PromptPairs) -> None:
     model.remove_node_masks()
 
 
+def in_a_block(model: Any, prompts: tlnp.PromptPairs) -> None:
+    """Masks that were handed out stay until the block begins; whenever it ends they act no more."""
+    with add(model, ("head", "mlp"), ablation="zero") as masks:
+        masks.set_to(tlnp.Circuit.empty(masks.space))
+        model(prompts.clean)
+
+
+def again(model: Any, prompts: tlnp.PromptPairs) -> None:
+    add(model, ("head",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        add(model, ("head",))
+    model.remove_node_masks()
+
+
 def pair(model: Any, prompts: tlnp.PromptPairs) -> None:
     masks = add(model, ("head", "layer"), ablation="interchange")
     masks.set_to(tlnp.Circuit.empty(masks.space))
@@ -167,7 +183,7 @@ def prompts_of(seed: int) -> tlnp.PromptPairs:
     return tlnp.PromptPairs(tokens[0], tokens[1], torch.arange(4), torch.arange(4, 8))
 
 
-CALLS = (attach_and_remove, pair, apply, hook_for_a_while, evaluate, prune, paper, rank, estimate, sweep)
+CALLS = (attach_and_remove, in_a_block, again, pair, apply, hook_for_a_while, evaluate, prune, paper, rank, estimate, sweep)
 NEXT = (evaluate, apply, hook_for_a_while, attach_and_remove, lambda model, prompts: prompts.correct(model),
         lambda model, prompts: some_circuit(model).fwd_hooks(model, prompts))
 
@@ -202,7 +218,7 @@ def interrupted(call: Any, at: Iterable[tuple[Line, int]]) -> int:
     return n
 
 
-@pytest.mark.parametrize("call", [attach_and_remove, pair, apply, hook_for_a_while, evaluate])
+@pytest.mark.parametrize("call", [attach_and_remove, in_a_block, again, pair, apply, hook_for_a_while, evaluate])
 def test_some_lines(call: Any) -> None:
     seen = lines_of(call)
     ours = [line for line in seen if line[0].endswith(("attachment.py", "scope.py", "contextlib.py"))]

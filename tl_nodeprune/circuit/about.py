@@ -10,7 +10,7 @@ from typing import Annotated
 
 import pydantic
 
-from tl_nodeprune.nodes import check_counts, check_types
+from tl_nodeprune.nodes import check_counts, check_types, figures
 
 _PACKAGES = ("tl_nodeprune", "transformer_lens", "torch")
 _Text = Annotated[str, pydantic.Field(max_length=100_000)]
@@ -71,11 +71,12 @@ class About:
         if self.kl is None:
             return ""
         unit = "" if self.loss not in ("", "KL") else " nats"
-        ends = "" if self.interval is None else f" ({self.interval[0]:.4f} to {self.interval[1]:.4f}, 90 %)"
+        ends = "" if self.interval is None else f" ({figures(self.interval[0])} to {figures(self.interval[1])}, 90 %)"
         on = f" on {_prompts(self.held_out)} held out" if self.held_out else ""
         right = "" if self.accuracy is None else f", {self.accuracy:.0%} with the answer preferred"
-        verdict = {True: ", converged", False: ", NOT converged", None: ", untested"}[self.converged]
-        return f"{self.loss or 'KL'} {self.kl:.4f}{unit}{ends}{on}{right}{verdict}"
+        asked_for_kl = not self.budget.startswith(("max_nodes", "objective"))  # of these True says nothing about the figure
+        verdict = {True: ", converged" * asked_for_kl, False: ", NOT converged", None: ", untested"}[self.converged]
+        return f"{self.loss or 'KL'} {figures(self.kl)}{unit}{ends}{on}{right}{verdict}"
 
 
 def versions() -> dict[str, str]:

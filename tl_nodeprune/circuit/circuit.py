@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from tl_nodeprune.circuit import files
 from tl_nodeprune.circuit import format as circuit_files
 from tl_nodeprune.circuit.about import About
-from tl_nodeprune.circuit.view import carried, common, seen_at
+from tl_nodeprune.circuit.live_nodes import LiveNodes
+from tl_nodeprune.circuit.view import carried, seen_at
 from tl_nodeprune.masks import Ablation, as_ablation
 from tl_nodeprune.nodes import (
-    HOOKS,
     Attachment,
     GateKey,
     Gates,
@@ -30,18 +29,16 @@ from tl_nodeprune.nodes import (
     check_node,
     check_ready,
     check_types,
-    combine,
-    count_parameters,
     find_attachment,
     find_nodes,
     ledger_of,
     mask_hooks,
-    settle,
+    node_name,
 )
 from tl_nodeprune.prompts import PromptPairs
 
 
-class Circuit(Mapping[str, Tensor]):
+class Circuit(LiveNodes):
     """A frozen set of nodes. As a Mapping: hook name -> mask, 1 = kept, 0 = pruned, float32, at the hook's own shape.
 
     Always consistent: no live child under a closed parent, no live parent with nothing live below.
@@ -58,18 +55,9 @@ class Circuit(Mapping[str, Tensor]):
 
     def __init__(self, space: NodeSpace, gates: Gates, ablation: Ablation = Ablation(), about: About = About()) -> None:  # noqa: B008 (frozen)
         check_types(Circuit.__init__, locals())
-        if set(gates) != set(space.shapes):
-            raise ValueError(f"gates are given for {len(gates)} tensors, the nodes have {len(space.shapes)}.")
-        for key, gate in gates.items():
-            if not isinstance(gate, Tensor):
-                raise TypeError(f"gates must be tensors; {key.granularity} of layer {key.layer} is {type(gate).__name__}.")
-            if tuple(gate.shape) != space.shapes[key]:
-                raise ValueError(f"gates: {key.granularity} of layer {key.layer} is {tuple(gate.shape)}, expected {space.shapes[key]}.")
-            if not ((gate == 0) | (gate == 1)).all():
-                raise ValueError(f"gates of {key.granularity} of layer {key.layer} hold other values than 0 (pruned) and 1 (kept).")
-        self.space, self.ablation, self.about = space, ablation.cpu(), about
-        self._live = settle(space, {key: gate.detach().cpu().bool() for key, gate in gates.items()})
-        self._masks = {hook: combine(space, hook, self._live).float().contiguous() for hook in space.hooks}
+        super().__init__(space, gates)
+        ablation.check_fits(space)
+        self.ablation, self.about = ablation.cpu(), about
 
     @classmethod
     def full(cls, space: NodeSpace, ablation: Ablation = Ablation()) -> Circuit:  # noqa: B008
@@ -88,7 +76,8 @@ class Circuit(Mapping[str, Tensor]):
         """The circuit that keeps these nodes, and no other of the granularities named: {"head": [(9, 9), (10, 0)], "mlp": [(0,)]}, nodes as
         (layer, *index), as `nodes` gives them. What is of other granularities is not gated.
 
-        Raises: ValueError for nodes that are empty or that the model lacks; TypeError for what is no model or no nodes.
+        Raises: ValueError for nodes that are empty, that the model lacks, or that can't be kept: below one of a granularity named that is
+        not listed, or above nothing that is; TypeError for what is no model or no nodes.
         """
         check_types(Circuit.from_nodes, locals())
         if not nodes:
@@ -104,7 +93,13 @@ class Circuit(Mapping[str, Tensor]):
                     raise ValueError(f"nodes[{granularity!r}] holds {tuple(node)}, and the model has {there} in that layer; give "
                                      "(layer, *index).")
                 gate[tuple(index)] = 1
-        return cls(space, gates, as_ablation(ablation))
+        circuit = cls(space, gates, as_ablation(ablation))
+        for key, gate in gates.items():
+            if len(lost := (gate.bool() & ~circuit.live(*key)).nonzero()):
+                raise ValueError(f"nodes: {node_name(*key, *lost[0].tolist())} can't be kept, since all above it, or all below, is cut: "
+                                 f"{', '.join(nodes)} are named. List what it is a part of and what it consists of, or leave those "
+                                 "granularities out.")
+        return circuit
 
     @classmethod
     def from_masks(cls, model: Any, masks: Mapping[str, Tensor], ablation: str | Ablation = "interchange") -> Circuit:
@@ -128,99 +123,6 @@ class Circuit(Mapping[str, Tensor]):
                 raise ValueError(f"masks[{hook!r}] is {given}; this model has {f'a mask {has}' if there else 'no node'} there.")
             gates[there[tuple(mask.shape)]] = mask
         return cls(replace(space, shapes={key: space.shapes[key] for key in gates}), gates, as_ablation(ablation))
-
-    def __getitem__(self, hook: str) -> Tensor:
-        if hook not in self._masks:
-            raise KeyError(f"{hook!r} is not gated in this circuit; gated are {', '.join(self._masks)}.")
-        return self._masks[hook].clone()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
-
-    def __len__(self) -> int:
-        return len(self._masks)
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """A plain dictionary, hook name -> mask [the hook's shape without batch and pos], yours to change."""
-        return {hook: mask.clone() for hook, mask in self._masks.items()}
-
-    def folded(self) -> dict[str, Tensor]:
-        """The masks without those of layers, which are folded into the masks of the blocks below: hook name -> mask.
-
-        With these `out = m * clean + (1 - m) * ablated` holds as it stands at every hook point; at hook_resid_post it would be of what the
-        block adds. Raises: ValueError where a layer that is pruned has no hook points of its attention and MLP to fold it into.
-        """
-        masks = {hook: mask for hook, mask in self.masks.items() if not hook.endswith(HOOKS["layer"])}
-        for layer in (key for key in self._live if key.granularity == "layer"):
-            below = {child.hook: self.space.width(child.hook) for name in ("attn", "mlp")
-                     if (child := GateKey(name, layer.layer)) in self.space.present}
-            if not below and not self._live[layer]:
-                raise ValueError(f"layer {layer.layer} is pruned, and this model has no {HOOKS['attn']} or {HOOKS['mlp']} there.")
-            masks |= {hook: masks.get(hook, torch.ones(width)) * self._live[layer] for hook, width in below.items()}
-        return masks
-
-    def live(self, granularity: str, layer: int) -> Tensor:
-        """Which nodes of one granularity in one layer are live: bool, shaped as the gate tensor. Raises KeyError where it has no gate."""
-        check_types(Circuit.live, locals())
-        key = GateKey(granularity, layer)
-        if key not in self._live:
-            raise KeyError(f"granularity {granularity!r} is not gated in layer {layer}; gated are {', '.join(self.space.granularities)} "
-                           f"in layers {self.space.layers}.")
-        return self._live[key].clone()
-
-    def nodes(self, granularity: str) -> list[tuple[int, ...]]:
-        """The live nodes of a granularity as (layer, *index): (9,) an attention block, (9, 6) a head, (9, 6, 13) a dim of it.
-
-        Raises: KeyError for a granularity that is not gated.
-        """
-        check_types(Circuit.nodes, locals())
-        if granularity not in self.space.granularities:
-            raise KeyError(f"granularity {granularity!r} is not gated in this circuit; gated are {', '.join(self.space.granularities)}.")
-        keys = [key for key in self._live if key.granularity == granularity]
-        return [(key.layer, *map(int, row)) for key in sorted(keys, key=lambda k: k.layer) for row in self._live[key].nonzero()]
-
-    def count(self) -> dict[str, int]:
-        """How many nodes are live, by granularity."""
-        counts = {name: 0 for name in self.space.granularities}
-        for key, live in self._live.items():
-            counts[key.granularity] += int(live.sum())
-        return counts
-
-    @property
-    def size(self) -> int:
-        """How many leaf nodes are live: those that do not follow from gates below them, as nothing, or not everything, there is gated."""
-        return sum(int(self._live[key].sum()) for key in self.space.free())
-
-    @property
-    def size_total(self) -> int:
-        """How many leaf nodes there are."""
-        return self.space.free_total()
-
-    @property
-    def sparsity(self) -> float:
-        """Share of leaf nodes pruned, 0 to 1."""
-        return 1 - self.size / self.size_total
-
-    @property
-    def parameters(self) -> int:
-        """Weight-matrix entries of attention and MLPs that the live nodes need; see `nodes.count_parameters`."""
-        return count_parameters(self.space, self._live)
-
-    @property
-    def parameters_total(self) -> int:
-        """The same for the full model."""
-        return count_parameters(self.space, {key: torch.ones(shape, dtype=torch.bool) for key, shape in self.space.shapes.items()})
-
-    def summary(self) -> pd.DataFrame:
-        """Live nodes per layer (rows) and granularity (columns), then the sum, how many there are, and the share live."""
-        table = pd.DataFrame(0, index=[str(layer) for layer in self.space.layers], columns=list(self.space.granularities), dtype=object)
-        for key, live in self._live.items():
-            table.loc[str(key.layer), key.granularity] = int(live.sum())
-        live_row, of = table.sum(), pd.Series(self.space.totals())
-        table.loc["live"], table.loc["of"] = live_row, of
-        table.loc["share"] = [f"{a / b:.1%}" for a, b in zip(live_row, of[table.columns], strict=True)]
-        return table.rename_axis("layer")
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{live}/{self.space.totals()[name]} {name}" for name, live in self.count().items())
@@ -252,15 +154,6 @@ class Circuit(Mapping[str, Tensor]):
     def __sub__(self, other: Circuit) -> Circuit:
         leaves = set(self.space.finest())
         return self._join(other, lambda mine, its, key: mine & ~its if key in leaves else mine)
-
-    def __le__(self, other: Circuit) -> bool:
-        if not isinstance(other, Circuit):
-            return NotImplemented
-        self._check_same_nodes(other)
-        return all(bool((live <= other._live[key]).all()) for key, live in self._live.items())
-
-    def __lt__(self, other: Circuit) -> bool:
-        return self <= other and self != other
 
     def _join(self, other: Circuit, rule: Callable[[Tensor, Tensor, GateKey], Tensor]) -> Circuit:
         if not isinstance(other, Circuit):
@@ -294,30 +187,6 @@ class Circuit(Mapping[str, Tensor]):
         same = copy(self)
         same.about = about
         return same
-
-    def iou(self, other: Circuit) -> float:
-        """Intersection over union of the live leaf nodes, 0 to 1; 1 where both are empty."""
-        check_types(Circuit.iou, locals())
-        self._check_same_nodes(other)
-        pairs = [(self._live[key], other._live[key]) for key in self.space.free()]
-        union = sum(int((a | b).sum()) for a, b in pairs)
-        return sum(int((a & b).sum()) for a, b in pairs) / union if union else 1.0
-
-    def _check_same_nodes(self, other: Circuit) -> None:
-        mine, its = self.space, other.space
-        if mine.shapes == its.shapes:
-            return
-        if mine.present != its.present:
-            shapes = " and ".join(f"{one.model_name or 'unnamed'} of {one.n_layers} layers, d_model {one.d_model}" for one in (mine, its))
-            raise ValueError(f"the two circuits are over different nodes, of models of other shapes: {shapes}; compare circuits of one.")
-        level = common(mine, its)
-        asked = f"({level[0]!r}" if len(level) == 1 else f"({level}"
-        if mine.layers != its.layers:
-            asked += f", layers={sorted({*mine.layers, *its.layers})}"
-        raise ValueError(f"the two circuits are over different nodes: {', '.join(mine.granularities)} in layers {mine.layers} and "
-                         f"{', '.join(its.granularities)} in layers {its.layers}; " + (
-                             f"see both at the same ones first, a.at{asked}) and b.at{asked})." if level else
-                             "neither tells apart any node of the other's."))
 
     def check_fits(self, model: Any) -> None:
         """Raises ValueError where the model lacks nodes of this circuit or has them in another shape; warns where only its name differs."""

@@ -29,7 +29,8 @@ def set_to(masks: NodeMasks, circuit: Circuit) -> None:
     for key, shape in masks.space.shapes.items():
         if have.get(key) != shape:
             raise ValueError(f"these masks gate {key.hook} with {key.granularity} nodes {list(shape)}, the circuit has "
-                             f"{list(have[key]) if key in have else 'none there'}.")
+                             f"{list(have[key]) if key in have else 'none there'}; of other granularities give "
+                             f"circuit.at({list(masks.space.granularities)}).")
     with torch.no_grad():
         for key in masks.space.shapes:
             score, live = masks.score(key), circuit.live(*key).to(masks.score(key).device)

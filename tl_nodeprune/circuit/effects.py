@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.nodes import GateKey, NodeSpace, check_types, spread
+from tl_nodeprune.nodes import GateKey, NodeSpace, check_types, figures, spread
 
 _AXES = {"head": ("head",), "attn_neuron": ("head", "d_head"), "mlp_neuron": ("d_mlp",), "mlp_out": ("d_model",)}
 DIRECTIONS: tuple[str, ...] = ("denoise", "noise")
@@ -121,5 +121,5 @@ class Effects(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{total} {name}" for name, total in self.space.totals().items())
-        return (f"Effects({counts}; {self.method}, {self.direction}; metric {self.clean:.4g} clean, {self.corrupted:.4g} corrupted, "
-                f"{self.n_prompts} prompts)")
+        return (f"Effects({counts}; {self.method}, {self.direction}; metric {figures(self.clean)} clean, "
+                f"{figures(self.corrupted)} corrupted, {self.n_prompts} prompts)")

@@ -7,16 +7,17 @@ from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_nodeprune.circuit.circuit import Circuit
 from tl_nodeprune.masks import MaskedModel, kl_divergence, masks_off
-from tl_nodeprune.nodes import check_counts, check_finite, check_ready, check_types, rounding
+from tl_nodeprune.nodes import Figured, check_counts, check_finite, check_ready, check_types, figures, rounding
 from tl_nodeprune.prompts import PromptPairs
 
 
-@dataclass(frozen=True)
-class Metrics:
+@dataclass(frozen=True, repr=False)
+class Metrics(Figured):
     """Means over prompts. kl: KL(full || this), nats. accuracy: share with answer logit > wrong logit. logit_diff: answer logit -
     wrong logit. exact_match: share with the full model's most likely token."""
 
@@ -24,6 +25,39 @@ class Metrics:
     accuracy: float
     logit_diff: float
     exact_match: float
+
+
+@dataclass(frozen=True, eq=False)
+class PromptMetrics:
+    """What circuits do on each prompt, at the answer position. logit_diff: answer logit - wrong logit; kl: KL(full || circuit), nats;
+    agrees: the full model's most likely token is theirs too."""
+
+    logit_diff: Float[Tensor, "circuit prompt"]
+    kl: Float[Tensor, "circuit prompt"]
+    agrees: Bool[Tensor, "circuit prompt"]
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "row d_vocab"], full: Float[Tensor, "prompt d_vocab"], prompts: PromptPairs) -> PromptMetrics:
+        """Of answer logits, a row per circuit and prompt. Raises: FloatingPointError for a KL that is NaN or inf."""
+        rows = torch.arange(len(logits), device=full.device) % len(prompts)
+        with torch.no_grad():
+            diff, kl = torch.cat([prompts.logit_diff(part) for part in logits.split(len(prompts))]), kl_divergence(logits, full[rows])
+        check_finite(kl, "the KL of the circuit")
+        agrees = logits.argmax(-1) == full.argmax(-1)[rows]
+        return cls(*(value.view(-1, len(prompts)).cpu() for value in (diff, kl, agrees)))
+
+    def __len__(self) -> int:
+        return len(self.kl)
+
+    def split(self, *sizes: int) -> list[PromptMetrics]:
+        """The circuits in consecutive parts."""
+        return [PromptMetrics(*part) for part in zip(*(t.split(list(sizes)) for t in (self.logit_diff, self.kl, self.agrees)), strict=True)]
+
+    @property
+    def means(self) -> Metrics:
+        """Over prompts and circuits."""
+        return Metrics(kl=float(self.kl.mean()), accuracy=float((self.logit_diff > 0).float().mean()),
+                       logit_diff=float(self.logit_diff.mean()), exact_match=float(self.agrees.float().mean()))
 
 
 @dataclass(frozen=True)
@@ -65,7 +99,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         head = f"{self.n_prompts} prompts, {self.ablation} ablation"
-        return f"{head}\n{self.to_frame().round(4).to_string()}"
+        return f"{head}\n{self.to_frame().to_string(float_format=figures)}"
 
 
 def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: int = 64) -> Evaluation:
@@ -87,19 +121,9 @@ def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: 
         full = runs.all_logits(of="the full model")
         logits = {"circuit": runs.all_logits(circuit), "full": full,
                   "ablated": runs.all_logits({hook: torch.zeros_like(mask) for hook, mask in circuit.items()})}
-    metrics = {name: _metrics(each, full, prompts) for name, each in logits.items()}
+    metrics = {name: PromptMetrics.of(each, full, prompts).means for name, each in logits.items()}
     span = metrics["full"].logit_diff - metrics["ablated"].logit_diff
     gained = metrics["circuit"].logit_diff - metrics["ablated"].logit_diff
     told_apart = abs(span) > rounding(model, prompts.logit_diff(full))
     return Evaluation(**metrics, faithfulness=gained / span if told_apart else float("nan"), ablation=circuit.ablation.name,
                       n_prompts=len(prompts))
-
-
-def _metrics(logits: Tensor, full: Tensor, prompts: PromptPairs) -> Metrics:
-    with torch.no_grad():
-        diff, kl = prompts.logit_diff(logits), kl_divergence(logits, full)
-    check_finite(kl, "the KL of the circuit")
-    return Metrics(
-        kl=float(kl.mean()), accuracy=float((diff > 0).float().mean()),
-        logit_diff=float(diff.mean()), exact_match=float((logits.argmax(-1) == full.argmax(-1)).float().mean()),
-    )

@@ -2,7 +2,7 @@
 
 Metadata: "format"; "ablation", its name; "space", the nodes as JSON (see `_Space`); "about", an About as JSON, where anything is known;
 "sha256", of the file with 64 zeros in that place.
-Tensors: "gate/GRANULARITY/LAYER", uint8, 1 = kept; "constant/HOOK", the ablation's, of any float type.
+Tensors: "gate/GRANULARITY/LAYER", uint8, 1 = kept; "constant/HOOK", the ablation's, of any float type, at each hook point that is gated.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.circuit.about import About
-from tl_nodeprune.masks import ABLATIONS, Ablation
-from tl_nodeprune.nodes import GRANULARITIES, GateKey, Gates, NodeSpace
+from tl_nodeprune.masks import ABLATIONS, FITTED, Ablation, check_constants
+from tl_nodeprune.nodes import GRANULARITIES, GateKey, Gates, NodeSpace, settle
 
 _FORMAT, _OLDER = "tl_nodeprune.circuit/2", "tl_nodeprune.circuit/1"
 _BLANK = "0" * 64
+_CONSTANT = "constant/"
 _MOST_HEADER, _MOST_NODES, _MOST_POSITIONS = 1 << 24, 1 << 26, 1 << 20  # far above any model's: bytes; of all layers; of mean constants
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TWINS = {"head": "attn_neuron", "attn_neuron": "head", "mlp": "mlp_out", "mlp_out": "mlp"}
 _DTYPES = _FLOATS | {"U8": torch.uint8}
 
-_Count = Annotated[int, pydantic.Field(ge=1)]
+_Count = Annotated[int, pydantic.Field(ge=1, lt=1 << 53)]
 _Whole = Annotated[int, pydantic.Field(ge=1, le=_MOST_NODES)]
 _Layer = Annotated[int, pydantic.Field(ge=0, lt=10_000)]
 _Rows = list[tuple[Literal[GRANULARITIES], _Layer, list[_Whole]]]  # type: ignore[valid-type]
@@ -89,8 +91,7 @@ _HEADER = pydantic.TypeAdapter(dict[str, dict[str, Any]])
 def pack(space: NodeSpace, live: Gates, ablation: Ablation, about: About = About()) -> bytes:  # noqa: B008 (frozen)
     """A circuit as the bytes of a file. Raises ValueError for one that `unpack` would not take."""
     tensors = {f"gate/{key.granularity}/{key.layer}": gate.to(torch.uint8) for key, gate in live.items()}
-    if ablation.name in ("mean", "optimal"):
-        tensors |= {f"constant/{hook}": value.contiguous() for hook, value in ablation.constants.items()}
+    tensors |= {f"{_CONSTANT}{hook}": ablation.constants[hook].contiguous() for hook in space.hooks if hook in ablation.constants}
     rows = {name: [[*key, list(shape)] for key, shape in getattr(space, name).items()] for name in ("shapes", "present")}
     fields = {name: value for name, value in asdict(space).items() if name in _Space.model_fields}
     metadata = {"format": _FORMAT, "ablation": ablation.name, "space": json.dumps(fields | rows), "sha256": _BLANK}
@@ -99,8 +100,7 @@ def pack(space: NodeSpace, live: Gates, ablation: Ablation, about: About = About
             metadata["about"] = _ABOUT.dump_json(about, exclude_defaults=True).decode()
         data = safetensors.torch.save(tensors, metadata)
         header = data[8:8 + int.from_bytes(data[:8], "little")]
-        _plan(header)
-        _check_values(tensors)
+        _read(_plan(header), tensors)
     except ValueError as error:
         raise ValueError(f"this circuit cannot be saved: {_in_words(error)}") from error
     return data.replace(_mark(_BLANK), _mark(_checksum(header, _BLANK, memoryview(data)[8 + len(header):])), 1)
@@ -126,12 +126,22 @@ def unpack(path: Path) -> tuple[NodeSpace, Gates, Ablation, About]:
             data = bytearray(size - 8 - length)
             if file.readinto(data) != len(data) or _checksum(header, plan.sha256, data) != plan.sha256:
                 raise ValueError("its checksum does not fit what is in it")
-            tensors = {name: _tensor(data, entry) for name, entry in plan.tensors.items()}
-            _check_values(tensors)
+            return _read(plan, {name: _tensor(data, entry) for name, entry in plan.tensors.items()})
         except ValueError as error:
             raise ValueError(f"{path} is damaged or no circuit of this library: {_in_words(error)}") from error
+
+
+def _read(plan: _Plan, tensors: Mapping[str, Tensor]) -> tuple[NodeSpace, Gates, Ablation, About]:
+    """What the tensors of a file mean. Raises ValueError for gates other than 0 and 1, or of which one is open and another keeps it closed;
+    for constants that are not finite."""
     gates = {key: tensors[f"gate/{key.granularity}/{key.layer}"] for key in plan.space.shapes}
-    constants = {name.removeprefix("constant/"): value for name, value in tensors.items() if name.startswith("constant/")}
+    for key, gate in gates.items():
+        if int(gate.max()) > 1:
+            raise ValueError(f"gate/{key.granularity}/{key.layer} holds {int(gate.max())}; gates are 0 or 1")
+    for key, live in settle(plan.space, gates).items():
+        if not torch.equal(live, gates[key].bool()):
+            raise ValueError(f"gate/{key.granularity}/{key.layer} has nodes open that gates above or below keep closed")
+    constants = {name.removeprefix(_CONSTANT): value for name, value in tensors.items() if name.startswith(_CONSTANT)}
     return plan.space, gates, Ablation(plan.ablation, constants), plan.about
 
 
@@ -152,18 +162,17 @@ def _plan(header: bytes) -> _Plan:
     space = _space(_Space.model_validate_json(metadata.space))
     tensors = {name: _Entry.model_validate(entry) for name, entry in entries.items()}
     gates = {f"gate/{key.granularity}/{key.layer}": shape for key, shape in space.shapes.items()}
+    constants = {f"{_CONSTANT}{hook}": hook for hook in space.hooks if metadata.ablation in FITTED}
     if missing := [name for name in gates if name not in tensors]:
         raise ValueError(f"it lacks {missing[0]}")
     for name, entry in tensors.items():
-        shape, fits = tuple(entry.shape), False
-        if name in gates:
-            fits = entry.dtype == "U8" and shape == gates[name]
-        elif name.startswith("constant/") and metadata.ablation in ("mean", "optimal"):
-            first = shape[:1] if metadata.ablation == "mean" else ()
-            width = _width(space, name.removeprefix("constant/"))
-            fits = width is not None and entry.dtype in _FLOATS and shape == first + width and first < (_MOST_POSITIONS,)
-        if not fits:
-            raise ValueError(f"{name} of {entry.dtype} {list(shape)} has no place in it")
+        is_gate = entry.dtype == "U8" and tuple(entry.shape) == gates.get(name)
+        if not is_gate and not (entry.dtype in _FLOATS and name in constants):
+            raise ValueError(f"{name} of {entry.dtype} {entry.shape} has no place in it")
+    given = {constants[name]: tuple(entry.shape) for name, entry in tensors.items() if name in constants}
+    check_constants(metadata.ablation, given, space)
+    if any(shape[0] > _MOST_POSITIONS for shape in given.values()):
+        raise ValueError(f"it has means of more than {_MOST_POSITIONS:,} positions")
     place = 0
     for entry in sorted(tensors.values(), key=lambda one: one.data_offsets):
         if entry.data_offsets != [place, place + entry.size]:
@@ -183,30 +192,21 @@ def _space(given: _Space) -> NodeSpace:
     if not space.shapes or any(space.present.get(key) != shape for key, shape in space.shapes.items()):
         raise ValueError("shapes has gate tensors that present has not, or none")
     for key, shape in space.present.items():
+        if alone := [name for name in ("layer", _TWINS.get(key.granularity)) if name and GateKey(name, key.layer) not in space.present]:
+            raise ValueError(f"layer {key.layer} has {key.granularity} nodes without {alone[0]} nodes, as no model has")
         heads = space.present.get(GateKey("head", key.layer), (0,))
         right = {"head": len(shape) == 1 and shape[0] % space.kv_heads == 0, "attn_neuron": len(shape) == 2 and shape[:1] == heads,
                  "mlp_neuron": len(shape) == 1, "mlp_out": shape == (space.d_model,)}
         if key.layer >= space.n_layers or not right.get(key.granularity, shape == ()):
             raise ValueError(f"{key.granularity} nodes {list(shape)} in layer {key.layer} fit no model of {space.n_layers} layers, "
                              f"d_model {space.d_model} and {space.kv_heads} key heads")
+    owners = [GateKey(name, layer) for name, layer, _ in space.weights]
+    if len(set(owners)) < len(owners) or any(key.layer >= space.n_layers or key.granularity != "layer" and key not in space.present
+                                             for key in owners):
+        raise ValueError("weights names a part twice, or one that is not there")
     if sum(math.prod(shape) for shape in space.present.values()) > _MOST_NODES:
         raise ValueError(f"it has more than {_MOST_NODES:,} nodes")
     return space
-
-
-def _width(space: NodeSpace, hook: str) -> tuple[int, ...] | None:
-    """The shape of an activation at a hook point, without batch and pos; None where there are no nodes."""
-    here = [shape for key, shape in space.present.items() if key.hook == hook]
-    return (max(here, key=len) or (space.d_model,)) if here else None
-
-
-def _check_values(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for gates other than 0 and 1, and constants that are not finite."""
-    for name, value in tensors.items():
-        if value.dtype == torch.uint8 and int(value.max()) > 1:
-            raise ValueError(f"{name} holds {int(value.max())}; gates are 0 or 1")
-        if value.is_floating_point() and not torch.stack(value.aminmax()).isfinite().all():  # takes no memory
-            raise ValueError(f"{name} holds NaN or inf")
 
 
 def _checksum(header: bytes, digest: str, data: bytes | bytearray | memoryview) -> str:

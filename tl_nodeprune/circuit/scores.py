@@ -36,6 +36,7 @@ class NodeScores(Mapping[str, Tensor]):
 
     def __post_init__(self) -> None:
         check_types(NodeScores, vars(self))
+        self.ablation.check_fits(self.space)
         gates = {}
         for key in self.space.free():
             if key in self.gates and not isinstance(self.gates[key], Tensor):
@@ -83,7 +84,8 @@ class NodeScores(Mapping[str, Tensor]):
         check_types(NodeScores.from_circuit, locals())
         space, kept = circuit.space, leaves_of(circuit)
         if within is not None and within.space.shapes != space.shapes:
-            raise ValueError("the circuit and the scores are over different nodes.")
+            raise ValueError("the circuit and the scores are over different nodes; of other granularities give "
+                             f"circuit.at({list(within.space.granularities)}).")
         order = within.flat if within is not None else torch.zeros(len(kept), dtype=torch.float32)
         return cls.from_flat(ranks(kept_first(kept, order)), space, circuit.ablation)
 
@@ -150,4 +152,4 @@ def kept_first(kept: Tensor, scores: Tensor) -> Tensor:
 
 def ranks(keys: Tensor) -> Tensor:
     """`1 - place / n`: 1 for the highest key, 1 / n for the lowest."""
-    return 1 - keys.argsort(descending=True, stable=True).argsort() / len(keys)
+    return 1 - keys.argsort(descending=True, stable=True).argsort().float() / len(keys)  # a default dtype may make ranks equal

@@ -1,4 +1,6 @@
-"""The command `tl-nodeprune`. Nothing is imported here: `shell` comes before the imports that take seconds.
+"""The command `tl-nodeprune`: arguments in, words or JSON out.
+
+Nothing is imported here: `shell` comes before the imports that take seconds.
 
 main    the subcommands and their arguments
 output  what they print, in words and as JSON

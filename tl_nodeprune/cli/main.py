@@ -8,16 +8,27 @@ import math
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
+import tl_nodeprune
 from tl_nodeprune import toy
 from tl_nodeprune.circuit import Circuit, evaluate, files
-from tl_nodeprune.cli import shell
+from tl_nodeprune.cli import commands, shell
+from tl_nodeprune.cli.inputs import (
+    CIRCUIT,
+    REPORT,
+    add_model_and_task,
+    check_page,
+    check_source,
+    count_or_share,
+    inputs_of,
+    make_folder,
+    model_of,
+    pass_on,
+    prompts_of,
+)
 from tl_nodeprune.cli.output import VERDICTS, as_json, show
 from tl_nodeprune.evidence import COARSE, activation_patching
 from tl_nodeprune.masks import add_node_masks, as_ablation
@@ -26,10 +37,23 @@ from tl_nodeprune.prompts import PromptPairs, tasks
 from tl_nodeprune.search import CHECKPOINT, PruneResult
 from tl_nodeprune.viz import overview, save_html
 
-_CIRCUIT, _REPORT = "circuit.safetensors", "report.json"
 _PATCHED = 32  # prompts that effects of single nodes are measured on
 _MAX_KL = 0.05  # nats, where no budget is given
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+EPILOG = """\
+examples:
+  tl-nodeprune demo
+  tl-nodeprune prune --model gpt2 --task ioi --granularities head mlp --max-kl 0.2 --out results
+  tl-nodeprune prune --model gpt2 --task prompts.jsonl --max-nodes 20 --granularities head mlp --out results
+  tl-nodeprune show results/circuit.safetensors --model gpt2 --task ioi --html circuit.html
+  tl-nodeprune evaluate results/circuit.safetensors --model gpt2 --task ioi
+  tl-nodeprune report results/circuit.safetensors --model gpt2 --task ioi --out report.md
+  tl-nodeprune rank --model gpt2 --task ioi --granularities head mlp --out scores.csv
+  tl-nodeprune compare ioi=a/circuit.safetensors pronoun=b/circuit.safetensors
+
+exit status: 0; 1 for an error that the command does not know; 2 where the input is wrong or a file cannot be written; 130 after Ctrl-C.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> None:
     args = _parser().parse_args(argv)
     args.line = shlex.join(["tl-nodeprune", *(sys.argv[1:] if argv is None else argv)])
-    for name in ("model", "task", "circuit", "html", "out", "checkpoint"):
+    for name in ("model", "task", "circuit", "html", "out", "checkpoint", "device_map", "revision"):
         if getattr(args, name, None) == "":
-            raise ValueError(f"{'' if name == 'circuit' else '--'}{name} is ''; give a name.")
+            raise ValueError(f"{'' if name == 'circuit' else '--'}{name.replace('_', '-')} is ''; give a name.")
     for name in ("circuit", "html", "out", "checkpoint"):
         if getattr(args, name, None) is not None:
             setattr(args, name, Path(getattr(args, name)))
@@ -50,19 +74,21 @@ def _run(argv: Sequence[str] | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tl-nodeprune", description="Find the nodes of a transformer that a task needs.")
-    commands = parser.add_subparsers(required=True)
-    demo = commands.add_parser("demo", help="find a circuit in the small model that comes with the package")
+    parser = argparse.ArgumentParser(prog="tl-nodeprune", description="Find the nodes of a transformer that a task needs.",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"tl-nodeprune {tl_nodeprune.__version__}")
+    subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = subcommands.add_parser("demo", help="find a circuit in the small model that comes with the package")
     demo.add_argument("--task", default="ioi", choices=tuple(tasks.ROWS))
     demo.add_argument("--html", default=str(Path("out") / "demo.html"), help="the page to write (default: %(default)s)")
     demo.set_defaults(command=_demo)
-    show = commands.add_parser("show", help="say what is in a saved circuit; with --html a page about it: summary, figures, kept nodes")
+    show = subcommands.add_parser("show", help="say what is in a saved circuit; with --html a page about it: summary, figures, kept nodes")
     show.add_argument("circuit", help="a circuit.safetensors that `prune` or Circuit.save wrote")
     show.add_argument("--html", help="a page to write, for which --model and --task are needed too; it needs no network")
     show.add_argument("--no-effects", action="store_true", help="leave out the effects of single heads and blocks, one run each")
-    _add_model_and_task(show, seed=1, prompts=64, seed_of="the named tasks' prompts", required=False)
+    add_model_and_task(show, seed=1, prompts=64, seed_of="the named tasks' prompts", required=False)
     show.set_defaults(command=_show)
-    prune = commands.add_parser("prune", help="find a circuit in a model of yours")
+    prune = subcommands.add_parser("prune", help="find a circuit in a model of yours")
     budget = prune.add_mutually_exclusive_group()
     budget.add_argument("--max-kl", type=float, help=f"nats at the answer positions, on prompts held out (default: {_MAX_KL})")
     budget.add_argument("--max-nodes", type=count_or_share, help="instead: leaf nodes at most, a share (0.1) or a count (200)")
@@ -76,30 +102,15 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--time-limit", type=float, metavar="SECONDS", help="for the search; the best so far is kept then")
     prune.add_argument("--checkpoint", metavar="FOLDER", help="keep the state here; a search that was broken off goes on")
     prune.add_argument("--html", help="also write a page about the circuit, on the prompts held out")
-    _add_model_and_task(prune, seed=0, prompts=200, seed_of="the named tasks' prompts, the split and the search")
+    add_model_and_task(prune, seed=0, prompts=200, seed_of="the named tasks' prompts, the split and the search")
     prune.set_defaults(command=_prune)
+    commands.add(subcommands)
     return parser
 
 
-def _add_model_and_task(parser: argparse.ArgumentParser, *, seed: int, prompts: int, seed_of: str, required: bool = True
-                        ) -> None:
-    parser.add_argument("--model", required=required, help="a Hugging Face name or folder, or 'toy' for the embedded model")
-    parser.add_argument("--task", required=required, help=f"{', '.join(tasks.ROWS)}, or a .jsonl file (clean, corrupted, answer, wrong)")
-    parser.add_argument("--prompts", type=int, default=prompts, help="how many, for the named tasks (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=seed, help=f"of {seed_of} (default: %(default)s)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=tuple(_DTYPES), help="of the model's weights (default: %(default)s)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model from the Hugging Face hub")
-
-
-def count_or_share(text: str) -> float | int:
-    """A count (200) or a share (0.1). argparse shows the name of this function where it fails."""
-    return int(text) if text.strip().lstrip("+-").isdigit() else float(text)
-
-
 def _demo(args: argparse.Namespace) -> None:
-    _check_page(args.html)
-    _make_folder("--html", args.html.parent)
+    check_page(args.html)
+    make_folder("--html", args.html.parent)
     model, prompts = toy.load(args.task)
     print(f"The embedded model: {model.cfg.n_layers} layers, {model.cfg.n_heads} heads, d_model {model.cfg.d_model}. Task: {args.task}.")
     print(f"  clean:     {model.tokenizer.decode(prompts.clean[0][prompts.attention_mask[0]])}")  # type: ignore[index]
@@ -124,34 +135,17 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _show_page(args: argparse.Namespace) -> None:
-    _check_page(args.html)
-    _check_task(args.task)
-    files.check_apart({"--html": args.html}, _inputs(args) | {"the circuit": args.circuit})
+    check_page(args.html)
+    check_source(args)
+    files.check_apart({"--html": args.html}, inputs_of(args) | {"the circuit": args.circuit})
     circuit = Circuit.load(args.circuit)
-    model = load_model(args.model, args.device, args.dtype, trust_remote_code=args.trust_remote_code)
+    model = model_of(args)
     circuit.check_fits(model)
-    prompts = _prompts(args, model)
-    _make_folder("--html", args.html.parent)
+    prompts = prompts_of(args, model)
+    make_folder("--html", args.html.parent)
     _write_page(args.html, model, circuit, prompts, Path(args.task).stem, effects=not args.no_effects, command=args.line,
                 note="Prompts that the circuit was searched on flatter it. The page that `tl-nodeprune prune --html` writes is on others.")
     _say_page(args.html)
-
-
-def _check_page(path: Path) -> None:
-    if path.is_dir():
-        raise ValueError(f"--html {str(path)!r} is a folder; give the name of a file.")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise ValueError(f"--html {str(path)!r} cannot be written: {str(above)!r} is a file.")
-    if path.parent.is_dir():
-        files.check_target(path)
-
-
-def _inputs(args: argparse.Namespace) -> dict[str, Path]:
-    """The files that are read, by what they are called. A page, circuit or report in the model's folder is none of the model's."""
-    own = [path for path in Path(args.model).glob("*") if path.name not in (_CIRCUIT, _REPORT) and path.suffix != ".html"]
-    task = {} if args.task in tasks.ROWS else {"--task": Path(args.task)}
-    return task | {f"the model's {path.name}": path for path in own}
 
 
 def _write_page(path: Path, model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, task: str, *, effects: bool = True,
@@ -170,25 +164,25 @@ def _say_page(path: Path) -> None:
 def _prune(args: argparse.Namespace) -> None:
     max_kl = _MAX_KL if args.max_kl is None and args.max_nodes is None else args.max_kl
     _check_asked(args, max_kl)
-    model = load_model(args.model, args.device, args.dtype, trust_remote_code=args.trust_remote_code)
-    train, test = _prompts(args, model).split(0.75, seed=args.seed)
+    model = model_of(args)
+    train, test = prompts_of(args, model).split(0.75, seed=args.seed)
     _make_outputs(args)
     asked = {"max_kl": max_kl, "max_nodes": args.max_nodes, "agreement": args.agreement, "steps": args.steps, "seed": args.seed,
              "time_limit": args.time_limit}
     result, why = _find(model, train, test, granularities=args.granularities, layers=args.layers, ablation=args.ablation,
                         batch_size=args.batch_size, checkpoint=args.checkpoint, **asked)
-    result.circuit.save(args.out / _CIRCUIT, task=args.task)  # before anything else that could fail
-    (args.out / _REPORT).unlink(missing_ok=True)  # an earlier circuit's
+    result.circuit.save(args.out / CIRCUIT, task=args.task)  # before anything else that could fail
+    (args.out / REPORT).unlink(missing_ok=True)  # an earlier circuit's
     report = evaluate(model, result.circuit, test, batch_size=args.batch_size)
     settings = asked | {"model": args.model, "task": args.task, "dtype": args.dtype, "prompts": len(train), "held_out": len(test)}
-    files.write(args.out / _REPORT, json.dumps(as_json(settings, result, report), indent=2, allow_nan=False) + "\n")
+    files.write(args.out / REPORT, json.dumps(as_json(settings, result, report), indent=2, allow_nan=False) + "\n")
     met = f"within {max_kl} nats there" if max_kl is not None else f"of at most {args.max_nodes} nodes; no KL was asked for"
     try:
         if args.html:
             _write_page(args.html, model, result, test, Path(args.task).stem, command=args.line)
     finally:
         show(result, report, why, met)
-        print(f"Written: {args.out / _CIRCUIT}, {args.out / _REPORT}")
+        print(f"Written: {args.out / CIRCUIT}, {args.out / REPORT}")
     if args.html:
         _say_page(args.html)
 
@@ -199,25 +193,27 @@ def _check_asked(args: argparse.Namespace, max_kl: float | None) -> None:
         raise ValueError(f"--max-kl {max_kl}; it must be a finite number above 0.")
     if args.time_limit is not None and not 0 < args.time_limit < math.inf:
         raise ValueError(f"--time-limit {args.time_limit}; it must be a finite number of seconds above 0.")
-    _check_task(args.task)
+    if (most := args.max_nodes) is not None and not (most >= 1 if isinstance(most, int) else 0 < most <= 1):
+        raise ValueError(f"--max-nodes {most}; give a share above 0 and up to 1.0, or a count of 1 or more.")
+    check_source(args, least=2)
     as_ablation(args.ablation)
     check_agreement(args.agreement)
     if args.agreement is not None and max_kl is None:
         raise ValueError("--agreement goes with --max-kl, not with --max-nodes.")
     check_granularities(args.granularities, GRANULARITIES)
-    check_counts(steps=1 if args.steps is None else args.steps, batch_size=args.batch_size)
+    check_counts(**{"--steps": 1 if args.steps is None else args.steps, "--batch-size": args.batch_size})
     if args.html:
-        _check_page(args.html)
+        check_page(args.html)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {str(args.out)!r} is a file; give a folder, which need not exist yet.")
-    files.check_apart(_outputs(args) | {"--out": args.out}, _inputs(args))
+    files.check_apart(_outputs(args) | {"--out": args.out}, inputs_of(args))
     if args.checkpoint:
         files.check_apart(_outputs(args), {"the folder of --checkpoint": args.checkpoint})
 
 
 def _outputs(args: argparse.Namespace) -> dict[str, Path]:
     """The files that `prune` writes, by what they are called."""
-    outputs = {"the circuit": args.out / _CIRCUIT, "the report": args.out / _REPORT}
+    outputs = {"the circuit": args.out / CIRCUIT, "the report": args.out / REPORT}
     if args.html:
         outputs = {"--html": args.html} | outputs
     return outputs | ({"the checkpoint": args.checkpoint / CHECKPOINT} if args.checkpoint else {})
@@ -227,56 +223,9 @@ def _make_outputs(args: argparse.Namespace) -> None:
     """Make the folders, and see that all files can be written: an error comes now, not after the search."""
     for name in ("checkpoint", "html", "out"):
         if path := getattr(args, name):
-            _make_folder(f"--{name}", path.parent if name == "html" else path)
+            make_folder(f"--{name}", path.parent if name == "html" else path)
     for path in _outputs(args).values():
         files.check_target(path)
-
-
-def _make_folder(name: str, path: Path) -> None:
-    try:
-        files.make_folder(path)
-    except OSError as error:
-        raise ValueError(f"{name} {str(path)!r} cannot be written: {error}") from error
-
-
-def _check_task(task: str) -> None:
-    if task not in tasks.ROWS and not Path(task).is_file():
-        raise ValueError(f"--task {task!r} is no task ({', '.join(tasks.ROWS)}) and no file.")
-
-
-def _prompts(args: argparse.Namespace, model: Any) -> PromptPairs:
-    named = args.task in tasks.ROWS
-    prompts = tasks.make(args.task, model, args.prompts, args.seed) if named else PromptPairs.from_jsonl(model, args.task)
-    right = prompts.correct(model)
-    print(f"The model answers {len(right)} of {len(prompts)} prompts right; the circuit is for those.")
-    return right
-
-
-def load_model(name: str, device: str, dtype: str = "float32", *, trust_remote_code: bool = False) -> Any:
-    """A model by its Hugging Face name or folder, or the embedded one for "toy". Raises ValueError for a device that cannot be used, and a
-    model that cannot be loaded."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"--device {device!r} cannot be used here, 'cpu' can: {error}") from error
-    if name == "toy":
-        return toy.load(n=1)[0].to(device).to(_DTYPES[dtype])
-    from transformer_lens.model_bridge import TransformerBridge
-
-    transformers.logging.set_verbosity_warning()  # weights that the files lack are new ones at random: it reports them
-    transformers.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            model = TransformerBridge.boot_transformers(name, device=device, dtype=_DTYPES[dtype], trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever is wrong with the files of others, or with the code that comes with them
-        raise ValueError(f"--model {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
-    _pass_on(caught)
-    return model.eval()
-
-
-def _pass_on(caught: Iterable[warnings.WarningMessage]) -> None:
-    for warning in caught:
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _find(model: Any, train: PromptPairs, test: PromptPairs, *, granularities: Sequence[str] | None = None,
@@ -290,5 +239,5 @@ def _find(model: Any, train: PromptPairs, test: PromptPairs, *, granularities: S
     finally:
         masks.remove()
     why = [str(warning.message) for warning in caught if str(warning.message).startswith(VERDICTS)]
-    _pass_on(warning for warning in caught if str(warning.message) not in why)
+    pass_on(warning for warning in caught if str(warning.message) not in why)
     return result, " ".join(why)

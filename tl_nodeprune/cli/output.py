@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from tl_nodeprune.circuit import Evaluation
+from tl_nodeprune.nodes import figures
 from tl_nodeprune.search import PruneResult, held_out_sentence
+
+_WIDTH = 120  # of tables, where nothing says how wide the page is
 
 VERDICTS = ("no circuit", "the budget is untested")  # how the search's warnings begin that say why it does not converge
 _SHOWN = 8  # sizes of the frontier
@@ -29,17 +40,39 @@ def show(result: PruneResult, report: Evaluation, why: str, met: str) -> None:
     circuit = result.circuit
     print(f"{circuit.size:,} of {circuit.size_total:,} leaf nodes ({1 - circuit.sparsity:.1%}), {circuit.parameters:,} of "
           f"{circuit.parameters_total:,} weights, {result.seconds:.0f} s.")
-    print(f"\nSize against KL, from the same run:\n{_frontier(result)}")
-    print(f"\nLive nodes by layer:\n{circuit.summary().to_string()}\n\nOn held-out prompts:\n{report}\n")
+    print("\nSize against KL, from the same run:")
+    _frontier(result)
+    print("\nLive nodes by layer:")
+    print_table(circuit.summary().rename_axis("").reset_index())  # "layer" is a column too
+    print(f"\nOn held-out prompts:\n{report}\n")
 
 
-def _frontier(result: PruneResult) -> str:
-    """Some of the frontier's sizes, evenly among its rows."""
+def print_table(table: pd.DataFrame, looks: Mapping[str, str] | None = None) -> None:
+    """Print a frame: numbers to three figures, or as `looks` says by column, NaN left empty."""
+    shown = Table(box=None, pad_edge=False)
+    for name in table.columns:
+        shown.add_column(Text(str(name)), justify="right" if is_numeric_dtype(table[name]) else "left", overflow="fold")
+    for row in table.itertuples(index=False):
+        shown.add_row(*(Text(_cell(value, (looks or {}).get(str(name)))) for name, value in zip(table.columns, row, strict=True)))
+    console = Console()
+    Console(width=console.width if console.is_terminal else _WIDTH).print(shown)
+
+
+def _cell(value: Any, look: str | None) -> str:
+    if isinstance(value, float) and math.isnan(value):
+        return ""
+    number = value.item() if isinstance(value, np.number) else value
+    return look.format(value) if look else figures(number) if isinstance(number, int | float) else str(value)
+
+
+def _frontier(result: PruneResult) -> None:
+    """Print some of the frontier's sizes, evenly among its rows."""
     table = result.frontier
     rows = sorted({round(i * (len(table) - 1) / (_SHOWN - 1)) for i in range(_SHOWN)} if len(table) else ())
-    looks = {"nodes": "{:,}", "share": "{:.2%}", "kl": "{:.4f}", "search_kl": "{:.4f}", "accuracy": "{:.0%}"}
-    names = ["nodes", "share", "KL held out", "KL searched", "right"]
-    return str(table.iloc[rows][list(looks)].to_string(index=False, header=names, formatters=[look.format for look in looks.values()]))
+    names = {"nodes": "nodes", "share": "share", "kl": "KL held out", "search_kl": "KL searched", "accuracy": "right"}
+    looks = {"nodes": "{:,}", "share": "{:.2%}", "right": "{:.0%}"}
+    if rows:
+        print_table(table.iloc[rows][list(names)].rename(columns=names), looks)
 
 
 def as_json(settings: dict[str, Any], result: PruneResult, report: Evaluation) -> dict[str, Any]:

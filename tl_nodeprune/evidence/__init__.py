@@ -5,18 +5,20 @@ reports       `report`: completeness, minimality, random circuits of equal size,
 crosscheck    effects of single nodes by activation patching, exact and first order
 agreement     how well a circuit agrees with scores of its nodes
 hypotheses    the tests of Shi et al. 2024
+comparison    circuits of several tasks side by side, beside chance
+known         circuits of the literature
 runs          many circuits on the same prompts
 units         heads, blocks or nodes that are taken out one at a time
 """
 
 from __future__ import annotations
 
-from tl_nodeprune.circuit import Evaluation, Metrics, evaluate
-from tl_nodeprune.evidence import crosscheck, hypotheses
+from tl_nodeprune.circuit import Evaluation, Metrics, PromptMetrics, evaluate
+from tl_nodeprune.evidence import crosscheck, hypotheses, known
 from tl_nodeprune.evidence.agreement import Agreement, GranularityAgreement, NodeScore, agreement, auroc
-from tl_nodeprune.evidence.compare import Comparison, compare
+from tl_nodeprune.evidence.comparison import Comparison, compare
 from tl_nodeprune.evidence.crosscheck import COARSE, activation_patching, attribution_patching
-from tl_nodeprune.evidence.explanations import TERMS, CircuitRun, Explanation, explain
+from tl_nodeprune.evidence.explanations import TERMS, Explanation, Interventions, explain
 from tl_nodeprune.evidence.reports import Settings
 from tl_nodeprune.evidence.reports.completeness import Completeness
 from tl_nodeprune.evidence.reports.document import Report
@@ -24,12 +26,12 @@ from tl_nodeprune.evidence.reports.random_circuits import RandomDraws
 from tl_nodeprune.evidence.reports.redundancy import Redundancy
 from tl_nodeprune.evidence.reports.report import report
 from tl_nodeprune.evidence.reports.verdicts import Findings, Verdict
-from tl_nodeprune.evidence.runs import Runs, Scores
+from tl_nodeprune.evidence.runs import CircuitRuns
 from tl_nodeprune.evidence.units import Unit, closed, opened, units_of
 
 __all__ = [
-    "COARSE", "TERMS", "Agreement", "CircuitRun", "Comparison", "Completeness", "Evaluation", "Explanation", "Findings",
-    "GranularityAgreement", "Metrics", "NodeScore", "RandomDraws", "Redundancy", "Report", "Runs", "Scores", "Settings", "Unit", "Verdict",
-    "activation_patching", "agreement", "attribution_patching", "auroc", "closed", "compare", "crosscheck", "evaluate", "explain",
-    "hypotheses", "opened", "report", "units_of",
+    "COARSE", "TERMS", "Agreement", "CircuitRuns", "Comparison", "Completeness", "Evaluation", "Explanation", "Findings",
+    "GranularityAgreement", "Interventions", "Metrics", "NodeScore", "PromptMetrics", "RandomDraws", "Redundancy", "Report", "Settings",
+    "Unit", "Verdict", "activation_patching", "agreement", "attribution_patching", "auroc", "closed", "compare", "crosscheck", "evaluate",
+    "explain", "hypotheses", "known", "opened", "report", "units_of",
 ]

@@ -149,7 +149,7 @@ class _Task:
 
     def batches(self) -> Iterator[_Batch]:
         denoise = self.direction == "denoise"
-        for rows in torch.arange(len(self.prompts), device=self.full.device).split(self.batch_size):
+        for rows in torch.arange(len(self.prompts), device=self.full.device).split(int(self.batch_size)):
             pairs = self.prompts[rows]
             tokens, other = (pairs.corrupted, pairs.clean) if denoise else (pairs.clean, pairs.corrupted)
             source = capture_nodes(self.model, other, self.space.hooks)
@@ -204,7 +204,7 @@ def _measured(metric: LossFn, logits: Tensor, full: Tensor, prompts: PromptPairs
 def _groups(space: NodeSpace, keys: Iterable[GateKey], size: int) -> Iterator[tuple[GateKey, Tensor]]:
     """Flat indices of the nodes of each gate tensor, at most `size` at a time."""
     for key in keys:
-        for nodes in torch.arange(math.prod(space.shapes[key])).split(size):
+        for nodes in torch.arange(math.prod(space.shapes[key])).split(int(size)):
             yield key, nodes
 
 

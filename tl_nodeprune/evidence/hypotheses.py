@@ -18,7 +18,7 @@ from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 
-from tl_nodeprune.nodes import check_counts, check_finite, check_level, check_seed, check_types
+from tl_nodeprune.nodes import Figured, check_counts, check_finite, check_level, check_seed, check_types, figures
 
 __all__ = ["FEWEST", "HypothesisTest", "equivalence", "independence", "minimality"]
 
@@ -26,8 +26,8 @@ FEWEST = 20
 """Prompts that equivalence and independence need: they are passed by not being rejected, which with fewer says nothing."""
 
 
-@dataclass(frozen=True)
-class HypothesisTest:
+@dataclass(frozen=True, repr=False)
+class HypothesisTest(Figured):
     """A test's outcome. statistic, p_value: as in the docstring of the function that made it, NaN where the test could not be made;
     passed: whether it speaks for the circuit, None where not made; sentence: what this means, in words."""
 
@@ -69,10 +69,10 @@ def equivalence(circuit: Float[Tensor, "prompt"], full: Float[Tensor, "prompt"],
     told = next(k / n for k in range(math.ceil(n / 2), n + 1) if _sign_p(k - n / 2, n, tolerance) <= alpha)
     share = f"The circuit scores higher than the full model on {wins / n:.0%} of {n} prompts"
     if passed := p_value > alpha:
-        sentence = (f"{share}: compatible with equal chances, give or take {tolerance:g} (p = {p_value:.2g}). No proof of equality: "
+        sentence = (f"{share}: compatible with equal chances, give or take {tolerance:g} (p = {figures(p_value)}). No proof of equality: "
                     f"with so many prompts only shares of {told:.0%} and above, or {1 - told:.0%} and below, would have been told apart.")
     else:
-        sentence = f"{share}: further from equal chances than {tolerance:g} (p = {p_value:.2g}), so the two are not equivalent."
+        sentence = f"{share}: further from equal chances than {tolerance:g} (p = {figures(p_value)}), so the two are not equivalent."
     return HypothesisTest("equivalence", abs(wins / n - 0.5), p_value, passed, sentence)
 
 
@@ -82,7 +82,7 @@ def independence(complement: Float[Tensor, "prompt"], full: Float[Tensor, "promp
 
     statistic = HSIC, `tr(K H L H) / n**2`, with Gaussian kernels K, L of the two scores, bandwidths the median distances (Gretton et al.
     2005, the biased estimate), H = 1 - 1/n. Null: the scores of the complement and of the full model are independent over prompts.
-    p-value: permutation test, the share of pairings by lot with a statistic at least as large. Passed where the null is not rejected.
+    p-value: permutation test, the share of random pairings with a statistic at least as large. Passed where the null is not rejected.
     complement, full: scores (logit differences) of the model without the circuit and of the full model.
 
     Source: arXiv:2410.13032, independence, in our reading. Raises: ValueError for fewer than 20 prompts, scores of unequal number, or
@@ -105,10 +105,11 @@ def independence(complement: Float[Tensor, "prompt"], full: Float[Tensor, "promp
     p_value, statistic = float(found.pvalue), float(found.statistic)
     if passed := p_value > alpha:
         sentence = (f"No dependence was found between the scores of the model without the circuit and of the full model on {n} prompts "
-                    f"(HSIC, p = {p_value:.2g}). A weak dependence may go unseen.")
+                    f"(HSIC, p = {figures(p_value)}). A weak dependence may go unseen.")
     else:
         sentence = (f"On {n} prompts the model without the circuit still scores in a way that depends on the full model's score "
-                    f"(HSIC, p = {p_value:.2g}): something outside of the circuit takes part, or prompts differ in what both respond to.")
+                    f"(HSIC, p = {figures(p_value)}): something outside of the circuit takes part, or prompts differ in "
+                    "what both respond to.")
     return HypothesisTest("independence", statistic, p_value, passed, sentence)
 
 
@@ -117,7 +118,7 @@ def minimality(effects: Float[Tensor, "unit"], reference: Float[Tensor, "draw"],
     """Does every unit of the circuit matter more than a unit at random?
 
     effects: the change of score by removing each unit from the circuit, mean over prompts of its absolute value. reference: the same for
-    units by lot, each one of a random path that was added to the circuit first. A unit's statistic is the number of draws with a smaller
+    units at random, each one of a random path that was added to the circuit first. A unit's statistic is the number of draws with a smaller
     effect than its own. Its null: at most the share `quantile` of random units have a smaller effect; its p-value is binomial, one-sided,
     and times the number of units (Bonferroni). Passed where the null is rejected for every unit.
 
@@ -145,11 +146,12 @@ def minimality(effects: Float[Tensor, "unit"], reference: Float[Tensor, "draw"],
     failing = [(names or [str(i) for i in range(len(values))])[i] for i in np.argsort(values) if p_values[i] > alpha]
     of = f"more than {quantile:.0%} of {len(drawn)} random ones"
     if not failing:
-        sentence = f"Each of the {len(values)} units tried matters {of} (largest p = {p_values.max():.2g}, corrected for their number)."
+        sentence = (f"Each of the {len(values)} units tried matters {of} (largest p = {figures(p_values.max())}, corrected for "
+                    "their number).")
     else:
         more = f" and {len(failing) - 8} more" if len(failing) > 8 else ""
         sentence = (f"{len(failing)} of {len(values)} units tried could not be shown to matter {of}: {', '.join(failing[:8])}{more} "
-                    f"(p up to {p_values.max():.2g}, corrected for their number).")
+                    f"(p up to {figures(p_values.max())}, corrected for their number).")
     return HypothesisTest("minimality", float(len(failing)), float(p_values.max()), not failing, sentence), p_values
 
 
@@ -163,7 +165,7 @@ def _sign_p(distance: float, n: int, tolerance: float) -> float:
 def _kernel(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
     distances = pdist(values[:, None])
     if not distances.max() > 1e-6 * max(1.0, float(abs(values).max())):
-        raise ValueError(f"independence needs scores that differ between prompts; those of {name} are {values[0]:.4g} on all of them.")
+        raise ValueError(f"independence needs scores that differ between prompts; those of {name} are {figures(values[0])} on all of them.")
     width = float(np.median(distances)) or float(distances[distances > 0].mean())
     kernel: NDArray[np.float64] = np.exp(-(squareform(distances) ** 2) / (2 * width**2))
     return kernel

@@ -12,7 +12,7 @@ losses        KL to the full model, and what is asked for beside it
 
 from __future__ import annotations
 
-from tl_nodeprune.masks.ablation import ABLATIONS, Ablation, as_ablation
+from tl_nodeprune.masks.ablation import ABLATIONS, FITTED, Ablation, as_ablation, check_constants
 from tl_nodeprune.masks.constants import optimal_constants
 from tl_nodeprune.masks.gates import Gate, HardConcrete, Step
 from tl_nodeprune.masks.landscape import STEP_COST, Landscape, Losses, circuits_of
@@ -22,7 +22,7 @@ from tl_nodeprune.masks.node_masks import NodeMasks, add_node_masks, gate_name, 
 from tl_nodeprune.masks.reference import Reference
 
 __all__ = [
-    "ABLATIONS", "STEP_COST", "Ablation", "Gate", "HardConcrete", "Landscape", "LossFn", "Losses", "MaskedModel", "NodeMasks", "Reference",
-    "Step", "add_node_masks", "as_ablation", "circuits_of", "distance", "gate_name", "kl_divergence", "make_node_masks", "masks_off",
-    "optimal_constants", "remove_node_masks", "shortfall",
+    "ABLATIONS", "FITTED", "STEP_COST", "Ablation", "Gate", "HardConcrete", "Landscape", "LossFn", "Losses", "MaskedModel", "NodeMasks",
+    "Reference", "Step", "add_node_masks", "as_ablation", "check_constants", "circuits_of", "distance", "gate_name", "kl_divergence",
+    "make_node_masks", "masks_off", "optimal_constants", "remove_node_masks", "shortfall",
 ]

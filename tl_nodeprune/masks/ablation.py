@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tl_nodeprune.nodes import capture_nodes, check_finite, check_types
+from tl_nodeprune.nodes import NodeSpace, capture_nodes, check_finite, check_ready, check_types
 from tl_nodeprune.prompts import PromptPairs
 
 ABLATIONS: tuple[str, ...] = ("interchange", "mean", "zero", "optimal")
+FITTED: tuple[str, ...] = ("mean", "optimal")
+"""Those that have constants."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,9 @@ class Ablation:
         learned by `prune`'s own search, the mean before that.
     constants: by hook name; "mean" [pos ...], "optimal" [...] without batch and pos; empty for the others, and before `fit`.
         For hook_resid_post it stands for what the block adds.
+
+    Raises: ValueError for an unknown name, and for constants that are not finite or that its name has no use for; TypeError for what are
+    no tensors of floats.
     """
 
     name: str = "interchange"
@@ -32,10 +37,15 @@ class Ablation:
     def __post_init__(self) -> None:
         check_types(Ablation, vars(self))
         for hook, value in self.constants.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"constants[{hook!r}] must be a tensor, got {type(value).__name__}.")
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"constants[{hook!r}] must be a tensor of floats, got {given}.")
+            if value.numel() and not torch.stack(value.detach().aminmax()).isfinite().all():  # takes no memory
+                raise ValueError(f"constants[{hook!r}] holds NaN or inf; give finite numbers.")
         if self.name not in ABLATIONS:
             raise ValueError(f"unknown ablation {self.name!r}; allowed: {', '.join(ABLATIONS)}.")
+        if self.constants and self.name not in FITTED:
+            raise ValueError(f"constants are given, and {self.name!r} ablation has none; leave them out, or take {' or '.join(FITTED)}.")
 
     def __eq__(self, other: object) -> bool:
         """The same name and the same constants."""
@@ -49,15 +59,23 @@ class Ablation:
     @property
     def fitted(self) -> bool:
         """Whether it can serve without being fitted first."""
-        return self.name in ("interchange", "zero") or bool(self.constants)
+        return self.name not in FITTED or bool(self.constants)
+
+    def check_fits(self, space: NodeSpace) -> None:
+        """Raises ValueError where it is fitted and a hook point that is gated has no constant, or one of another shape."""
+        check_types(Ablation.check_fits, locals())
+        if self.fitted:
+            check_constants(self.name, {hook: tuple(value.shape) for hook, value in self.constants.items()}, space)
 
     def fit(self, model: Any, prompts: PromptPairs, hooks: Sequence[str], *, batch_size: int = 64) -> Ablation:
         """With constants from the clean prompts, float32: for "optimal" the mean over positions too, to start learning from.
 
         Of the model as it runs: masks that are attached are to be off (`masks.inactive()`).
-        Raises: ValueError where the prompts do not fit the model, or it has no such hook point; FloatingPointError for NaN or inf.
+        Raises: ValueError where the prompts do not fit the model, or it has no such hook point; FloatingPointError for NaN or inf;
+        RuntimeError in training mode with dropout.
         """
         check_types(Ablation.fit, locals())
+        check_ready(model)
         prompts.check_fits(model)
         if not len(hooks):
             raise ValueError("hooks is empty; give the names of one hook point or more, such as `circuit.space.hooks`.")
@@ -99,6 +117,20 @@ class Ablation:
                              "fit it on prompts at least as long, or use another ablation.")
         padding = means.new_zeros(max(width - len(means), 0), *means.shape[1:])
         return torch.cat([means[:width], padding]).to(prompts.clean.device)
+
+
+def check_constants(name: str, shapes: Mapping[str, tuple[int, ...]], space: NodeSpace) -> None:
+    """Raises ValueError where an ablation with constants of these shapes lacks one at a hook point that is gated, or has it in another
+    shape or for prompts of another length than elsewhere."""
+    hooks = space.hooks if name in FITTED else ()
+    for hook in hooks:
+        if hook not in shapes:
+            raise ValueError(f"{name!r} ablation has no constant for {hook!r}, which is gated; fit it first, on this model's prompts: "
+                             f"Ablation({name!r}).fit(model, prompts, circuit.space.hooks).")
+        first = shapes[hooks[0]][:1] if name == "mean" else ()
+        if shapes[hook] != first + space.activation(hook) or not all(first):
+            raise ValueError(f"constants[{hook!r}] is {list(shapes[hook])}, and {name!r} ablation of these nodes needs "
+                             f"{'one per position, ' if first else ''}{list(first + space.activation(hook))}.")
 
 
 def as_ablation(given: str | Ablation) -> Ablation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, cast
@@ -13,10 +14,12 @@ from tl_nodeprune.masks.ablation import Ablation, as_ablation
 from tl_nodeprune.masks.gates import Gate, HardConcrete
 from tl_nodeprune.nodes import (
     Attachment,
+    Exit,
     GateKey,
     NodeSpace,
     Scope,
     Scoped,
+    check_device,
     check_ready,
     check_types,
     combine,
@@ -35,15 +38,19 @@ class NodeMasks(nn.Module):
     """One learnable gate per node, kept outside the model; `parameters()` are the gates' scores and nothing else.
 
     Made by `add_node_masks`. While attached every forward of the model uses the masks: their deterministic values, or a draw
-    inside `sampling`. `scores[f"{granularity}_{layer}"]` has the gate tensor's shape; `gate` turns scores into masks.
+    inside `sampling`. They stay until `remove`; `with model.add_node_masks() as masks:` takes them off at the end of the block, however
+    it ends. `scores[f"{granularity}_{layer}"]` has the gate tensor's shape; `gate` turns scores into masks.
     """
 
     def __init__(self, space: NodeSpace, *, ablation: str | Ablation = "interchange", gate: Gate | None = None,
                  device: torch.device | str | None = None) -> None:
         check_types(NodeMasks.__init__, locals())
+        if device is not None:
+            check_device("device", device)
         super().__init__()
         self.space, self.gate = space, gate or HardConcrete()
         self.ablation = self.asked_ablation = as_ablation(ablation)  # the second stays as asked for, not fitted to any prompts here
+        self.ablation.check_fits(space)
         self._hooks = frozenset(space.hooks)
         self.scores = nn.ParameterDict({
             gate_name(key): nn.Parameter(torch.full(shape, self.gate.open_score, device=device, dtype=torch.float32))
@@ -52,6 +59,16 @@ class NodeMasks(nn.Module):
         self._sampling = Scoped[tuple[torch.Generator | None] | None](None)
         self._stand_ins = Scoped[tuple[dict[str, Tensor], Tensor | None] | None](None)  # and the prompts that they are of, if of any
         self._attached: tuple[Any, Attachment] | None = None
+
+    def __enter__(self) -> NodeMasks:
+        """Take the masks off at the end of the `with` block. Raises RuntimeError where they are not attached, or entered before."""
+        self._block().__enter__()
+        return self
+
+    def _block(self) -> Scope:
+        return self._attached[1].block if self._attached and self.attached else Scope(lambda token: self.model, lambda token: None)
+
+    __exit__ = Exit(_block)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, is of the gates alone and not attached; the model is not copied with them."""
@@ -110,9 +127,11 @@ class NodeMasks(nn.Module):
         """Inside, forwards on `prompts.clean` take their stand-ins from these prompts (for "interchange": one run on the
         corrupted ones, here, without gradient). "mean" and "optimal" are fitted on the first prompts given and stay so.
 
-        Raises: ValueError where the prompts do not fit the model; inside, for "interchange", for a forward on other prompts.
+        Raises: ValueError where the prompts do not fit the model; inside, for "interchange", for a forward on other prompts; RuntimeError
+        where the masks are not attached, or the model is in training mode with dropout.
         """
         check_types(NodeMasks.paired, locals())
+        check_ready(self.model)
         prompts.check_fits(self.model)
         with self.inactive():
             self.ablation = self.ablation.fit(self.model, prompts, self.space.hooks)
@@ -142,7 +161,7 @@ class NodeMasks(nn.Module):
     def model(self) -> Any:
         """The model that the masks are attached to. Raises RuntimeError when they are not."""
         if not self.attached or self._attached is None:
-            raise RuntimeError("these masks are not attached to a model; call model.add_node_masks() and use what it returns.")
+            raise RuntimeError("these masks are not attached to a model (any more); call model.add_node_masks() and use what it returns.")
         return self._attached[0]
 
     def attach(self, model: Any) -> NodeMasks:
@@ -159,6 +178,7 @@ class NodeMasks(nn.Module):
 
     def _attachment(self, model: Any) -> Attachment:
         _check_free(model)
+        check_ready(model)
         attachment = Attachment(model, lambda: mask_hooks(self.space.hooks, self._mask_in_forward, self._stand_in), owner=self,
                                 tokens=lambda: stand_ins[1] if (stand_ins := self._stand_ins.now) else None, freeze=True)
         self._attached = (model, attachment)
@@ -200,21 +220,38 @@ def add_node_masks(model: Any, granularities: str | Iterable[str] | None = None,
     ablation: "interchange", "mean", "zero" or "optimal", see `Ablation`.
     gate: how scores become masks; None: HardConcrete.
 
-    Returns the masks; `remove_node_masks(model)` takes them off. Weights are frozen in between.
+    Returns the masks; `remove_node_masks(model)` takes them off, or a block does: `with model.add_node_masks() as masks:`. Weights are
+    frozen in between. Asked again for the same nodes under the same ablation, as by a cell of a notebook that is run again, it takes the
+    earlier masks off, with a warning, and gives new ones.
     Raises: ValueError for a granularity or layer that is unknown or that the model lacks, and for a model without one stack of blocks that
-    add to the residual stream, or whose forward fails on three tokens; RuntimeError where masks or a circuit are attached already, another
-    thread is at work on the model, it is in training mode with dropout or gradient checkpointing, or in `torch.inference_mode()`; TypeError
-    for what is no TransformerLens model. Nothing is attached then.
+    add to the residual stream, or whose forward fails on three tokens; RuntimeError where other masks or a circuit are attached already,
+    another thread is at work on the model, it is in training mode with dropout or gradient checkpointing, or in `torch.inference_mode()`;
+    TypeError for what is no TransformerLens model. Nothing is attached then.
     """
     check_types(add_node_masks, locals())
-    return make_node_masks(model, granularities, layers, ablation, gate=gate).attach(model)
+    ledger_of(model).clear()
+    earlier = found.owner if (found := find_attachment(model)) is not None else None
+    if not isinstance(earlier, NodeMasks):
+        return make_node_masks(model, granularities, layers, ablation, gate=gate).attach(model)
+    with earlier.inactive():
+        new = _masks_for(model, granularities, layers, ablation, gate)
+    if (new.space.shapes, new.ablation.name) == (earlier.space.shapes, earlier.asked_ablation.name):
+        earlier.remove()
+        warnings.warn("masks over the same nodes were attached to this model already; these new ones take their place.", stacklevel=2)
+    return new.attach(model)
 
 
 def make_node_masks(model: Any, granularities: str | Iterable[str] | None = None, layers: int | Iterable[int] | None = None,
                     ablation: str | Ablation = "interchange", *, gate: Gate | None = None) -> NodeMasks:
-    """What `add_node_masks` attaches, not attached. Raises what that raises."""
-    chosen = as_ablation(ablation)
+    """What `add_node_masks` attaches, not attached. Raises what that raises, and RuntimeError where any masks are attached."""
+    as_ablation(ablation)
     _check_free(model)
+    return _masks_for(model, granularities, layers, ablation, gate)
+
+
+def _masks_for(model: Any, granularities: str | Iterable[str] | None, layers: int | Iterable[int] | None, ablation: str | Ablation,
+               gate: Gate | None) -> NodeMasks:
+    chosen = as_ablation(ablation)
     check_ready(model, gradient=True)
     space = find_nodes(model).restrict(granularities, layers)
     return NodeMasks(space, ablation=chosen, gate=gate, device=device_of(model))
@@ -244,8 +281,8 @@ def _check_free(model: Any) -> None:
     ledger_of(model).clear()
     if (attachment := find_attachment(model)) is not None:
         what = "node masks are" if isinstance(attachment.owner, NodeMasks) else "a circuit is"
-        raise RuntimeError(f"{what} attached to this model already; call model.remove_node_masks() "
-                           "or leave the circuit's `with` block first.")
+        raise RuntimeError(f"{what} attached to this model already; call model.remove_node_masks() or leave the circuit's `with` block "
+                           "first. Masks of `with model.add_node_masks() as masks:` come off at the end of the block by themselves.")
 
 
 def gate_name(key: GateKey) -> str:

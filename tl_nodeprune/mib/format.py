@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.circuit import NodeScores, files
-from tl_nodeprune.nodes import GateKey, NodeSpace, check_types, find_nodes
+from tl_nodeprune.nodes import GateKey, NodeSpace, check_types, find_nodes, reraise_memory
 
 LEVELS: tuple[str, ...] = ("node", "neuron")
 _Graph = dict[str, Any]  # as the `.pt` file has it
@@ -88,6 +88,7 @@ def read(model: Any, path: str | Path) -> NodeScores:
         nodes, neurons = (_from_tensors if tensors else _from_json)(content, space, _names(cfg))
         return _scores(space, nodes, neurons, path)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, EOFError, OverflowError, pickle.UnpicklingError) as error:
+        reraise_memory(error)
         raise ValueError(f"{path} is no file of node scores for this model: {type(error).__name__}: {error}.") from error
 
 

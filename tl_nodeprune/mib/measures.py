@@ -11,10 +11,10 @@ import pandas as pd
 from torch import Tensor
 
 from tl_nodeprune.circuit import SIZES, Circuit, Effects, NodeScores, check_sizes
-from tl_nodeprune.evidence import Runs
+from tl_nodeprune.evidence import CircuitRuns
 from tl_nodeprune.masks import Ablation, as_ablation, distance, masks_off, shortfall
 from tl_nodeprune.mib.format import board_count, read, write
-from tl_nodeprune.nodes import GateKey, check_counts, check_ready, check_types, find_nodes
+from tl_nodeprune.nodes import GateKey, check_counts, check_ready, check_types, figures, find_nodes
 from tl_nodeprune.prompts import PromptPairs
 
 __all__ = ["SIZES", "FaithfulnessCurve", "area", "distance", "evaluate", "read", "shortfall", "write"]
@@ -54,7 +54,7 @@ class FaithfulnessCurve:
 
     def __repr__(self) -> str:
         curve = ", ".join(f"{size:.1%}: {f:.3f}" for size, f in zip(self.sizes, self.f, strict=True))
-        return (f"FaithfulnessCurve(CPR {self.cpr:.4f}, CMD {self.cmd:.4f}; f at {curve}; {self.n_prompts} prompts, "
+        return (f"FaithfulnessCurve(CPR {figures(self.cpr)}, CMD {figures(self.cmd)}; f at {curve}; {self.n_prompts} prompts, "
                 f"{self.ablation} ablation)")
 
 
@@ -90,14 +90,15 @@ def evaluate(model: Any, scores: NodeScores | Effects | Mapping[str, Tensor], pr
         found = as_scores(model, scores)
         prompts.check_fits(model)
         used = (found.ablation if ablation is None else as_ablation(ablation)).fit(model, prompts, found.space.hooks, batch_size=batch_size)
-        runs = Runs(model, prompts, found.space, used, batch_size=batch_size, progress=progress)
+        used.check_fits(found.space)
+        runs = CircuitRuns(model, prompts, found.space, used, batch_size=batch_size, progress=progress)
         counts = tuple(board_count(found, float(size)) for size in sizes)
         circuits = [Circuit.empty(found.space), *map(found.top, counts)]
-        means = runs(circuits, total=len(circuits), desc="sizes").score.mean(1).tolist()
-    full, ablated = float(runs.full.score.mean()), means[0]
+        means = runs(circuits, total=len(circuits), desc="sizes").logit_diff.mean(1).tolist()
+    full, ablated = float(runs.full.logit_diff.mean()), means[0]
     if abs(full - ablated) <= runs.resolution:
-        raise ValueError(f"the metric is constant: the logit difference is {full:.4g} for the full model and {ablated:.4g} with every node "
-                         f"ablated ({used.name}), so there is no share of it to measure. Are these the right corrupted prompts?")
+        raise ValueError(f"the metric is constant: the logit difference is {figures(full)} for the full model and {figures(ablated)} with "
+                         f"every node ablated ({used.name}), so there is no share of it to measure. Are these the right corrupted prompts?")
     f = tuple((mean - ablated) / (full - ablated) for mean in means[1:])
     return FaithfulnessCurve(tuple(sizes), counts, f, full, ablated, used.name, len(prompts))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import LensHandle
 
-from tl_nodeprune.nodes.checks import check_model
+from tl_nodeprune.nodes.checks import check_model, reraise_memory
 from tl_nodeprune.nodes.scope import Scope, Token
 
 T = TypeVar("T")
@@ -82,6 +82,8 @@ class Attachment:
         self._kept: dict[bool, Any] = {}
         self.modules: list[Any] = []
         self.frozen: list[Any] = []
+        self.block = Scope(self._until, lambda token: self.remove())
+        """What is on already, from here on for the length of a `with` block alone."""
 
     def on(self) -> Scope:
         """On the model for the length of a `with` block."""
@@ -109,6 +111,10 @@ class Attachment:
     def keep(self, result: T) -> T:
         """From here on it acts until `remove`. One expression, so that no interrupt can come between acting and the caller's result."""
         return self._kept.setdefault(True, result)  # type: ignore[no-any-return]
+
+    def _until(self, token: Token) -> None:
+        self._token = token
+        self._kept = {}
 
     def _hook(self, point: Any, fn: HookFn) -> None:
         def act(point: Any, args: Any, activation: Tensor) -> Tensor | None:
@@ -235,7 +241,9 @@ def hooks_of_others(model: Any) -> str:
 
 
 def failed(model: Any, tokens: Tensor, why: str, error: Exception) -> ValueError:
-    """The error to raise where a model's forward fails on tokens that this library looks at it with: it names a user's own hooks."""
+    """The error to raise where a model's forward fails on tokens that this library looks at it with: it names a user's own hooks. Raises
+    the error itself where memory ran out."""
+    reraise_memory(error)
     theirs = hooks_of_others(model)
     hint = (f"There are hooks of your own on it, at {theirs}: make them work for prompts of any length, or take them off for this call "
             "(model.reset_hooks())." if theirs else "Does `model(tokens)` run?")

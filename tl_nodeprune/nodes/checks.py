@@ -8,11 +8,12 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 _NUMBERS: dict[Any, type] = {int: Integral, float: Real}
 _WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", NoneType: "None", Tensor: "a tensor",
-          Mapping: "a mapping", Callable: "a function"}
+          Mapping: "a mapping", Callable: "a function", nn.Module: "a TransformerLens model"}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "strings"}
 _EXAMPLES = {int: ", such as (0, 1, 2)", float: ", such as (0.05, 0.1)"}
 _HELP = {"PromptPairs": "see PromptPairs.from_strings", "NodeMasks": "model.add_node_masks() returns them",
@@ -33,6 +34,20 @@ def check_types(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
                 check_model(given[name])
             elif not _fits(given[name], hint):
                 raise TypeError(_told(name, given[name], hint))
+            else:
+                check_plain(name, given[name])
+
+
+def check_plain(name: str, value: object) -> None:
+    """Raises ValueError for a tensor, or a dictionary of some, whose numbers cannot be read here as real ones; anything else is right."""
+    if isinstance(value, dict):
+        for key, one in value.items():
+            check_plain(f"{name}[{key!r}]", one)
+    if isinstance(value, Tensor):
+        kinds = {"sparse": value.layout != torch.strided, "nested": value.is_nested, "quantised": value.is_quantized,
+                 "complex": value.is_complex(), 'on the device "meta", which holds no numbers': value.is_meta}
+        for kind in (kind for kind, found in kinds.items() if found):
+            raise ValueError(f"{name} is {kind}; give a plain tensor of real numbers.")
 
 
 def check_model(model: object) -> None:
@@ -40,6 +55,28 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "hook_dict") or not hasattr(model, "cfg"):
         raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {_type(model)}; "
                         "TransformerBridge.boot_transformers(name) makes one.")
+
+
+def reraise_memory(error: BaseException) -> None:
+    """Raises an error again that says that memory ran out: it is no fault of what was asked for."""
+    ran_out = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+    if ran_out or isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):  # torch's own on the CPU has no class
+        raise error
+
+
+def check_device(name: str, device: torch.device | str) -> None:
+    """Raises ValueError for a device that cannot compute here."""
+    if not _computes(device):
+        raise ValueError(f"{name} {str(device)!r} cannot compute here; this machine has "
+                         f"{', '.join(filter(_computes, ('cpu', 'cuda', 'mps', 'xpu')))}.")
+
+
+def _computes(device: torch.device | str) -> bool:
+    try:
+        return torch.zeros(1, device=device).tolist() == [0]
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch built without CUDA asserts, torch.hpu is no module
+        reraise_memory(error)
+        return False
 
 
 def check_level(**levels: float) -> None:
@@ -100,6 +137,8 @@ def _is(value: Any, kind: Any) -> bool:
         return callable(value)
     if isinstance(value, bool | type):
         return kind is type(value)
+    if kind is nn.Module:
+        return isinstance(value, nn.Module) and hasattr(value, "hook_dict")
     if (item := _items(kind)) is None:
         return isinstance(value, _NUMBERS.get(kind, get_origin(kind) or kind))
     if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping | Tensor) or getattr(value, "ndim", 1) != 1:

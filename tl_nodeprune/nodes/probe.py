@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tl_nodeprune.nodes.architecture import Probe, matrices
 from tl_nodeprune.nodes.attachment import failed, hooks_of_others, inactive, ledger_of
+from tl_nodeprune.nodes.checks import reraise_memory
 from tl_nodeprune.nodes.hooks import answer_logits, capture
 from tl_nodeprune.nodes.space import GRANULARITIES, GateKey, NodeSpace
 
@@ -22,9 +23,10 @@ def find_nodes(model: Any) -> NodeSpace:
     the model is called: see `Probe`. `NodeSpace.lacking` says of the first layer that lacks one why.
 
     Raises: TypeError where `model` is no TransformerLens model; ValueError where the forward fails, or the model has no single stack of
-    `blocks` that add to the residual stream.
+    `blocks` that add to the residual stream; RuntimeError in training mode with dropout, in which nothing seems to be a node.
     """
     ledger_of(model)  # names what is no model
+    check_ready(model)
     probe, n_layers = Probe(model), int(model.cfg.n_layers)
     shapes: dict[GateKey, tuple[int, ...]] = {}
     lacking: dict[str, str] = {}
@@ -127,7 +129,8 @@ def can_slice(model: Any, tokens: Tensor, positions: Tensor) -> bool:
         whole = answer_logits(model, one, at, sliced=False)
         try:
             cut = answer_logits(model, one, at)
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError) as error:
+            reraise_memory(error)
             return False
     return cut.shape == whole.shape and torch.allclose(cut, whole, rtol=1e-4, atol=1e-4, equal_nan=True)
 

@@ -12,13 +12,20 @@ Token = Callable[[], object]
 """A weak reference that gives None once the block has ended."""
 
 
-class _Exit:
+class Exit:
     """What a `with` statement calls at its end. The statement alone holds that callable, and drops it whatever happens; an object that
-    frames refer to, such as `self` of an `__exit__`, would live on in the traceback of an interrupt."""
+    frames refer to, such as `self` of an `__exit__`, would live on in the traceback of an interrupt.
 
-    def __get__(self, scope: Scope | None, owner: type | None = None) -> Callable[..., None]:
-        if scope is None:  # an ExitStack asks the class
-            return _leave
+    scope_of: the scope of the object that is entered, where it is not one itself.
+    """
+
+    def __init__(self, scope_of: Callable[[Any], Scope] = lambda entered: entered) -> None:
+        self.scope_of = scope_of
+
+    def __get__(self, entered: Any, owner: type | None = None) -> Callable[..., None]:
+        if entered is None:  # an ExitStack asks the class
+            return lambda entered, *error: _leave(self.scope_of(entered))
+        scope = self.scope_of(entered)
         leave = partial(_leave, scope)
         if not scope.entered:
             scope.token = weakref.ref(leave)
@@ -43,7 +50,7 @@ class Scope:
             self.token = weakref.ref(self)
         self.begin(self.token)
 
-    __exit__ = _Exit()
+    __exit__ = Exit()
 
 
 def _leave(scope: Scope, *error: object) -> None:

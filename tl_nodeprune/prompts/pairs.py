@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 from torch import Tensor
 
-from tl_nodeprune.nodes import answer_logits, check_causal, check_counts, check_finite, check_seed, check_types, device_of, inactive
+from tl_nodeprune.nodes import (
+    answer_logits,
+    check_causal,
+    check_counts,
+    check_device,
+    check_finite,
+    check_ready,
+    check_seed,
+    check_types,
+    device_of,
+    inactive,
+    reraise_memory,
+)
 from tl_nodeprune.prompts.checks import FILL, check_answers, check_mask, check_positions, check_tokens
+from tl_nodeprune.prompts.strings import LONG_ANSWERS, Pair, as_text, checked_text, read_pairs, words_of
+
+_ANSWERS = 3  # that a printed pair shows, at most
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PromptPairs:
     """Clean prompts, corrupted prompts of the same shape, and the next tokens to tell apart.
 
@@ -47,23 +65,46 @@ class PromptPairs:
         order = (torch.arange(mask.shape[1], device=mask.device) + shift[:, None]) % mask.shape[1]
         for name, value in (("clean", self.clean.long()), ("corrupted", self.corrupted.long()), ("attention_mask", mask)):
             object.__setattr__(self, name, value.gather(1, order))
-        for name, value in (("answers", self.answers), ("wrong_answers", self.wrong_answers), ("answer_positions", positions - shift)):
+        for name, value in (("answers", self.answers), ("wrong_answers", self.wrong_answers),
+                            ("answer_positions", positions.long() - shift)):
             object.__setattr__(self, name, value.long())
+        self._carry(torch.arange(len(mask)), {})
+
+    def _carry(self, indices: Tensor, words: dict[int, str]) -> PromptPairs:
+        """What goes along with the prompts, and is no field: a copy of the fields alone is the same prompts. words: of the tokens."""
+        self.__dict__.update(_indices=indices, _words=words)
+        return self
+
+    @property
+    def indices(self) -> Int[Tensor, "batch"]:
+        """Where each pair stood in what the first of these prompts were made of, lists or tensors, through all indexing and splitting."""
+        return cast(Tensor, self.__dict__["_indices"])
+
+    @property
+    def _words(self) -> dict[int, str]:
+        return cast("dict[int, str]", self.__dict__["_words"])
 
     @classmethod
     def from_strings(
         cls, model: Any, clean: Sequence[str], corrupted: Sequence[str], answers: Sequence[str | Sequence[str]],
-        wrong_answers: Sequence[str | Sequence[str]],
+        wrong_answers: Sequence[str | Sequence[str]], *, on_error: str = "raise", long_answers: str = "raise",
     ) -> PromptPairs:
         """Tokenise with the model's tokenizer; prompts of several lengths are padded on the right.
 
         answers, wrong_answers: a string each, or a list of strings where several are right; every one a single token, what
             `prompt + answer` has beyond the clean prompt (mind the leading space: " Mary").
+        on_error: "raise", or "skip": leave out pairs that cannot be read, with a warning that says which and why; `indices` of the prompts
+            says which pairs they are.
+        long_answers: "raise", or "first": of answers of several tokens the first token in which answer and wrong answer differ stands for
+            them; tokens that they share before it are put at the end of both prompts. That is not the probability of the whole answer.
 
         Raises: ValueError where a pair differs in token length, an answer is not one known token, a prompt is longer than the
             model's context, or the model has no tokenizer; TypeError where a text is no string.
         """
         check_types(PromptPairs.from_strings, locals())
+        for name, word, allowed in (("on_error", on_error, ("raise", "skip")), ("long_answers", long_answers, LONG_ANSWERS)):
+            if word not in allowed:
+                raise ValueError(f"{name}={word!r}; allowed: {', '.join(allowed)}.")
         lists = {"clean": clean, "corrupted": corrupted, "answers": answers, "wrong_answers": wrong_answers}
         if len({len(v) for v in lists.values()}) != 1 or not len(clean):
             raise ValueError(f"from_strings needs lists of one equal length above 0; got {({k: len(v) for k, v in lists.items()})}.")
@@ -71,47 +112,32 @@ class PromptPairs:
             raise ValueError("the model has no tokenizer to read strings with; build PromptPairs from token ids instead.")
         for name, values in lists.items():
             for value in values:
-                _text(value, name, several="answers" in name)
-        rows = [(_tokens(model, a), _tokens(model, b)) for a, b in zip(clean, corrupted, strict=True)]
-        for i, (a, b) in enumerate(rows):
-            if len(a) != len(b):
-                raise ValueError(f"prompt {i}: clean has {len(a)} tokens and corrupted {len(b)}; they must align token by "
-                                 f"token.\n  clean:     {clean[i]!r}\n  corrupted: {corrupted[i]!r}")
-        width, lengths = max(len(a) for a, _ in rows), torch.tensor([len(a) for a, _ in rows])
-        pad = lambda ids: torch.cat([ids, ids.new_zeros(width - len(ids))])  # noqa: E731
-        prompts = cls(
-            clean=torch.stack([pad(a) for a, _ in rows]), corrupted=torch.stack([pad(b) for _, b in rows]),
-            answers=_answer_tokens(model, clean, answers), wrong_answers=_answer_tokens(model, clean, wrong_answers),
-            attention_mask=torch.arange(width)[None] < lengths[:, None],
-        ).to(device_of(model))
+                checked_text(value, name, several="answers" in name)
+        found = read_pairs(model, clean, corrupted, answers, wrong_answers, long_answers)
+        bad = {i: pair for i, pair in enumerate(found) if isinstance(pair, str)}
+        if bad and (on_error == "raise" or len(bad) == len(found)):
+            none = "no pair can be read; " if on_error == "skip" else ""
+            raise ValueError(f"{none}prompt {next(iter(bad))}: {next(iter(bad.values()))}")
+        if bad:
+            told = "\n".join(f"prompt {i}: {why}" for i, why in list(bad.items())[:8])
+            more = f"\nand {len(bad) - 8} more" if len(bad) > 8 else ""
+            warnings.warn(f"{len(bad)} of {len(found)} pairs were left out:\n{told}{more}", stacklevel=2)
+        good = {i: pair for i, pair in enumerate(found) if isinstance(pair, Pair)}
+        prompts = _padded(list(good.values())).to(device_of(model))
         prompts.check_fits(model)
-        return prompts
+        tokens = {token for pair in good.values() for part in vars(pair).values() for token in part}
+        return prompts._carry(torch.tensor(list(good)), words_of(model.tokenizer, tokens, next(iter(good.values())).answers[0]))
 
     @classmethod
-    def from_jsonl(cls, model: Any, path: str | Path) -> PromptPairs:
+    def from_jsonl(cls, model: Any, path: str | Path, *, on_error: str = "raise", long_answers: str = "raise") -> PromptPairs:
         """From a file with one JSON object a line: {"clean": str, "corrupted": str, "answer": str, "wrong": str}; answers may be lists.
+
+        on_error, long_answers: as in `from_strings`; a line that is no such object is an error in any case.
 
         Raises: ValueError with the line's number for what is no such object, and what `from_strings` raises; OSError for no file.
         """
         check_types(PromptPairs.from_jsonl, locals())
-        columns: dict[str, list[Any]] = {"clean": [], "corrupted": [], "answer": [], "wrong": []}
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no UTF-8 text: {error}") from error
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                for name, column in columns.items():
-                    column.append(_text(row[name], name, several=name in ("answer", "wrong")))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: expected a JSON object with the keys {', '.join(columns)}; "
-                                 f"{type(error).__name__}: {error}") from error
-        if not columns["clean"]:
-            raise ValueError(f"{path} holds no prompt; expected one JSON object a line with the keys {', '.join(columns)}.")
-        return cls.from_strings(model, *columns.values())
+        return cls.from_strings(model, *read_rows(path).values(), on_error=on_error, long_answers=long_answers)
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -128,6 +154,7 @@ class PromptPairs:
             chosen = index if isinstance(index, slice) else torch.as_tensor(index).cpu()
             rows = torch.arange(len(self))[chosen if isinstance(chosen, slice) or chosen.numel() else slice(0)].reshape(-1)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            reraise_memory(error)
             kind = IndexError if isinstance(error, IndexError) else TypeError
             raise kind(f"index={index!r}; give a number, a slice, several numbers, or {len(self)} of True and False: {error}") from error
         if not len(rows):
@@ -135,7 +162,34 @@ class PromptPairs:
         taken, rows = object.__new__(PromptPairs), rows.to(self.clean.device)
         for f in fields(self):  # past the checks, which these prompts have stood
             object.__setattr__(taken, f.name, getattr(self, f.name)[rows])
-        return taken
+        return taken._carry(self.indices[rows.cpu()], self._words)
+
+    def __repr__(self) -> str:
+        n, lengths = len(self), self.attention_mask.sum(1)  # type: ignore[union-attr]
+        low, high = int(lengths.min()), int(lengths.max())
+        clean, corrupted, right, wrong = self._row(0)
+        return (f"PromptPairs: {n} pair{'s' * (n > 1)} of {low if low == high else f'{low} to {high}'} tokens; "
+                f"{'the first, ' if n > 1 else ''}differences in [brackets]:\n"
+                f"  clean:     {clean}\n  corrupted: {corrupted}\n  answer:    {right}, not {wrong}")
+
+    def show(self, n: int = 5) -> None:
+        """Print the first `n` pairs as a table: clean and corrupted prompt, their differences in brackets, answer and wrong answer."""
+        check_types(PromptPairs.show, locals())
+        check_counts(n=n)
+        table = Table(*(Column(name, overflow="fold") for name in ("", "clean", "corrupted", "answer", "wrong answer")), show_lines=True)
+        for row in range(min(n, len(self))):
+            table.add_row(*(Text(cell) for cell in (str(int(self.indices[row])), *self._row(row))))
+        Console().print(table)
+
+    def _row(self, row: int) -> tuple[str, str, str, str]:
+        """One pair in words, as far as the tokens have words."""
+        real = self.attention_mask[row]  # type: ignore[index]
+        clean, corrupted = self.clean[row][real].tolist(), self.corrupted[row][real].tolist()
+        differ = [a != b for a, b in zip(clean, corrupted, strict=True)]
+        answers = [[as_text([token], self._words) for token in side[row].reshape(-1).tolist() if token != FILL]
+                   for side in (self.answers, self.wrong_answers)]
+        right, wrong = (", ".join(some[:_ANSWERS]) + (f", … ({len(some)})" if len(some) > _ANSWERS else "") for some in answers)
+        return as_text(clean, self._words, differ), as_text(corrupted, self._words, differ), right, wrong
 
     def batches(self, batch_size: int) -> Iterator[PromptPairs]:
         """The prompts in order, at most `batch_size` at a time. Raises: ValueError for a batch_size below 1."""
@@ -146,10 +200,9 @@ class PromptPairs:
     def to(self, device: torch.device | str) -> PromptPairs:
         """The same prompts on another device. Raises: ValueError for one that cannot be used here."""
         check_types(PromptPairs.to, locals())
-        try:
-            return PromptPairs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
-        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-            raise ValueError(f"device={device!r} cannot be used here: {error}") from error
+        check_device("device", device)
+        moved = PromptPairs(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return moved._carry(self.indices, self._words)
 
     def split(self, share: float, seed: int) -> tuple[PromptPairs, PromptPairs]:
         """Two disjoint sets at random, the first with `share` of the different clean prompts (at least one in each). Pairs with the same
@@ -163,7 +216,7 @@ class PromptPairs:
         n = int(which.max()) + 1
         if not 0 < share < 1 or n < 2:
             raise ValueError(f"split needs 0 < share < 1 and 2 different clean prompts or more; got share={share} and {n}.")
-        place = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).argsort()[which]
+        place = torch.randperm(n, generator=torch.Generator().manual_seed(int(seed))).argsort()[which]
         cut = min(max(round(share * n), 1), n - 1)
         order = place.argsort(stable=True)
         return self[order[place[order] < cut]], self[order[place[order] >= cut]]
@@ -207,9 +260,10 @@ class PromptPairs:
     def correct(self, model: Any, *, batch_size: int = 64) -> PromptPairs:
         """Those prompts that the full model answers right, whatever is attached to it now: answer logit > wrong logit.
 
-        Raises: ValueError where it answers none; FloatingPointError for NaN or inf logits.
+        Raises: ValueError where it answers none; FloatingPointError for NaN or inf logits; RuntimeError in training mode with dropout.
         """
         check_types(PromptPairs.correct, locals())
+        check_ready(model)
         right = torch.cat([batch.logit_diff(_logits(model, batch)) > 0 for batch in self.batches(batch_size)])
         if not right.any():
             raise ValueError(f"the model answers none of the {len(self)} prompts right; is the tokenizer, the task or the model another's?")
@@ -229,6 +283,7 @@ class PromptPairs:
         try:
             difference = _pooled(logits, self.answers) - _pooled(logits, self.wrong_answers)
         except RuntimeError as error:  # asked before, the largest answer would be a look from the host at every step
+            reraise_memory(error)
             raise ValueError(f"{wrong} {error}") from error
         if not torch.is_grad_enabled():
             check_finite(difference, "the logit difference")
@@ -250,6 +305,28 @@ class PromptPairs:
         check_causal(model, self.attention_mask)
 
 
+def read_rows(path: str | Path) -> dict[str, list[Any]]:
+    """The columns of a file for `from_jsonl`, as texts. Raises what that says of the file."""
+    columns: dict[str, list[Any]] = {"clean": [], "corrupted": [], "answer": [], "wrong": []}
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            for name, column in columns.items():
+                column.append(checked_text(row[name], name, several=name in ("answer", "wrong")))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: expected a JSON object with the keys {', '.join(columns)}; "
+                             f"{type(error).__name__}: {error}") from error
+    if not columns["clean"]:
+        raise ValueError(f"{path} holds no prompt; expected one JSON object a line with the keys {', '.join(columns)}.")
+    return columns
+
+
 def check_pairs(given: object, name: str = "prompts") -> None:
     """Raises TypeError for what is no PromptPairs."""
     if not isinstance(given, PromptPairs):
@@ -260,6 +337,18 @@ def positions(prompts: PromptPairs) -> Tensor:
     """The answer positions [batch], which PromptPairs always fills in."""
     assert prompts.answer_positions is not None
     return prompts.answer_positions
+
+
+def _padded(pairs: Sequence[Pair]) -> PromptPairs:
+    def table(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+        width = max(map(len, rows))
+        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+
+    clean, corrupted = table([pair.clean for pair in pairs], 0), table([pair.corrupted for pair in pairs], 0)
+    right, wrong = (side[:, 0] if side.shape[1] == 1 else side for side in (
+        table([pair.answers for pair in pairs], FILL), table([pair.wrong_answers for pair in pairs], FILL)))
+    real = torch.arange(clean.shape[1]) < torch.tensor([[len(pair.clean)] for pair in pairs])
+    return PromptPairs(clean, corrupted, right, wrong, real)
 
 
 def _logits(model: Any, prompts: PromptPairs) -> Tensor:
@@ -273,60 +362,3 @@ def _pooled(logits: Tensor, tokens: Tensor) -> Tensor:
     table = tokens if tokens.ndim == 2 else tokens[:, None]
     picked = logits.gather(1, table.clamp(min=0))
     return picked.masked_fill(table == FILL, -torch.inf).logsumexp(1)
-
-
-def _tokens(model: Any, text: str) -> Tensor:
-    return model.to_tokens(text, truncate=False)[0].cpu()  # type: ignore[no-any-return]
-
-
-def _text(value: Any, name: str, *, several: bool) -> Any:
-    """A string, or where several may be right a list of strings. Raises TypeError; ValueError for half of a surrogate pair, which is no
-    character."""
-    texts = value if isinstance(value, (list, tuple)) and several else [value]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name} must be a string{' or a list of strings' if several else ''}, got {value!r}")
-    for text in texts:
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"{name} holds half of a surrogate pair, {text!r}; write the whole character, or its escapes together.")
-    return value
-
-
-def _answer_tokens(model: Any, prompts: Sequence[str], answers: Sequence[str | Sequence[str]]) -> Tensor:
-    rows = [[answer] if isinstance(answer, str) else list(answer) for answer in answers]
-    pairs = [(prompt, text) for prompt, row in zip(prompts, rows, strict=True) for text in row]
-    ids, width = iter(_single_tokens(model, pairs)), max(map(len, rows))
-    table = torch.tensor([[next(ids) for _ in row] + [FILL] * (width - len(row)) for row in rows])
-    return table[:, 0] if width == 1 else table
-
-
-def _single_tokens(model: Any, pairs: Sequence[tuple[str, str]]) -> list[int]:
-    """The token of each answer after its prompt. Raises ValueError where it is not one known token."""
-    tokens = []
-    for (_, text), ids in zip(pairs, continuations(model, pairs), strict=True):
-        if len(ids) != 1:
-            raise ValueError(f"the answer {text!r} is {len(ids)} tokens ({ids}); an answer is one token. "
-                             "Is a leading space missing, or one too many? Otherwise choose other words.")
-        if is_unknown(model, ids[0], text):
-            raise ValueError(f"the answer {text!r} is not in the model's vocabulary; choose other words.")
-        tokens.append(ids[0])
-    return tokens
-
-
-def continuations(model: Any, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-    """The tokens of each text after its prompt: those that `prompt + text` has beyond the prompt's; where the two together are read in
-    another way, those of the text alone. So a tokenizer that puts a space before every text (Llama 2) gives one token for " Mary" too.
-    """
-    encode = partial(model.tokenizer, add_special_tokens=False)
-    texts = list(dict.fromkeys(part for prompt, text in pairs for part in (prompt, prompt + text, text)))
-    ids = dict(zip(texts, map(list, encode(texts)["input_ids"]), strict=True))
-    found = []
-    for prompt, text in pairs:
-        before, whole = ids[prompt], ids[prompt + text]
-        beyond = whole[len(before):] if whole[:len(before)] == before else []
-        found.append(beyond if beyond and (len(beyond) == 1 or len(ids[text]) != 1) else ids[text])
-    return found
-
-
-def is_unknown(model: Any, token: int, text: str) -> bool:
-    """Whether a token is the tokenizer's word for a text that it does not know."""
-    return token == getattr(model.tokenizer, "unk_token_id", None) and text.strip() != model.tokenizer.unk_token

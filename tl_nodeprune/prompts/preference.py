@@ -14,7 +14,7 @@ from tl_nodeprune.nodes import answer_logits, can_slice
 from tl_nodeprune.prompts.pairs import PromptPairs, positions
 
 TURNED_SHARE = 0.5
-SIGNIFICANT, FEWEST = 0.01, 7
+TASK_LEVEL, FEWEST_PROMPTS = 0.01, 7  # of the test that there is a task; different prompts that it takes
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Preference:
     @property
     def no_task(self) -> bool:
         """Whether the pairs are enough to tell, and show no task."""
-        return self.n_different >= FEWEST and self.p_value > SIGNIFICANT
+        return self.n_different >= FEWEST_PROMPTS and self.p_value > TASK_LEVEL
 
     @property
     def both_ways(self) -> bool:

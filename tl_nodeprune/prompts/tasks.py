@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tl_nodeprune.nodes import check_counts, check_seed, check_types
-from tl_nodeprune.prompts.pairs import PromptPairs, continuations, is_unknown
+from tl_nodeprune.prompts.pairs import PromptPairs
+from tl_nodeprune.prompts.strings import continuations, is_unknown
 
 __all__ = ["gendered_pronoun", "greater_than", "ioi", "make"]
 
@@ -121,7 +122,7 @@ def make(task: str, model: Any, n: int, seed: int) -> PromptPairs:
         raise ValueError(f"unknown task {task!r}; allowed: {', '.join(ROWS)}.")
     check_counts(n=n)
     check_seed(seed)
-    words, rng = usable(task, model), random.Random(seed)
+    words, rng = usable(task, model), random.Random(int(seed))
     return PromptPairs.from_strings(model, *map(list, zip(*(ROWS[task](rng, words) for _ in range(n)), strict=True)))
 
 

@@ -82,7 +82,7 @@ def estimate(model: Any, prompts: PromptPairs, *, held_out: PromptPairs | None =
 
 def _measured(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, settings: Settings) -> Estimate:
     model, bar = masks.model, Progress("estimate", show=False, time_limit=None)
-    few = min(len(searched), settings.prompts_of(device_of(model)))
+    few = min(len(searched), settings.prompts_of(device_of(model), masks.space.free_total()))
     began, before = time.perf_counter(), peak_memory(model)
     run = Run(masks, searched[:few], None, Budget(), settings, bar, both_ways=True)
     turned = len(run.searched.prompts) / few

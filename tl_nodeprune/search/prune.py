@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from tl_nodeprune.circuit import Circuit, NodeScores, leaves_of, to_circuit
-from tl_nodeprune.masks import LossFn, NodeMasks, Reference, kl_divergence
+from tl_nodeprune.masks import Ablation, LossFn, NodeMasks, Reference, kl_divergence
 from tl_nodeprune.nodes import check_counts, check_seed, check_types, device_of, peak_memory
 from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.search.attached import on_model
 from tl_nodeprune.search.budget import Budget, budget_of
 from tl_nodeprune.search.checkpoint import Checkpoint, asked
 from tl_nodeprune.search.held_out import set_aside
@@ -20,16 +22,19 @@ from tl_nodeprune.search.run import Progress, Run, Settings, going, searchable
 
 
 def prune(
-    masks: NodeMasks, prompts: PromptPairs, *, max_kl: float | None = None, agreement: float | None = None,
+    masks: NodeMasks | nn.Module, prompts: PromptPairs, *, max_kl: float | None = None, agreement: float | None = None,
     max_nodes: float | int | Mapping[str, float | int] | None = None, loss: LossFn | None = None, max_loss: float | None = None,
     objective: PaperObjective | None = None, held_out: PromptPairs | None = None, start: Circuit | None = None, steps: int | None = None,
     exact_tests: int = 16, time_limit: float | None = None, checkpoint: str | Path | None = None, batch_size: int = 64,
     step_prompts: int | None = None, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True,
+    granularities: str | Iterable[str] | None = None, layers: int | Iterable[int] | None = None, ablation: str | Ablation | None = None,
 ) -> PruneResult:
     """The smallest circuit whose KL(full || circuit) at the answer positions is at most `max_kl` nats on prompts that were not searched
     on, or the most faithful one of at most `max_nodes` nodes. The masks are left at that circuit, still attached; after an objective they
     have its gate, hard concrete and straight-through.
 
+    masks: attached ones, or a model: `prune(model, prompts, max_kl=0.05)` puts masks on, searches, and takes them off whatever happens.
+    granularities, layers, ablation: of the masks that a model gets, as in `add_node_masks`.
     Give one of: max_kl (nats); max_nodes (a float is a share of the leaf nodes, an int a count; gates above something that is not
         gated count too; a mapping limits single granularities); loss with max_loss, a loss of your own,
         fn(circuit_logits, full_logits, prompts) -> [batch], bounded in its mean; objective, the paper's, run as it is, with its own
@@ -42,8 +47,8 @@ def prune(
     held_out: prompts to judge by that are never searched on; None: a quarter of `prompts` at random, 8 different ones at least where there
         are 24. From fewer the result says that the budget is untested.
     start: a circuit to better, in place of the run's own cut, where it is within the budget and smaller.
-    steps: of the training that orders all nodes; None: 265 for 5,000 nodes, 600 for 80,000. step_prompts: prompts per step, drawn at
-        random; None: 32, on CUDA 64. The cost of a step does not grow with the number of prompts.
+    steps: of the training that orders all nodes; None: 265 for 5,000 nodes, 900 for 80,000, 48 at least. step_prompts: prompts per step,
+        drawn at random; None: 32, for fewer than 1,000 nodes 16, on CUDA 64. The cost of a step does not grow with the number of prompts.
     exact_tests: with max_kl or max_loss, leaf nodes whose removal is tried exactly at the end, the likeliest first. Heads and blocks
         above them are tested too, unless the first prompts rule them out by far.
     time_limit: seconds, about; the best so far is returned then, and `stopped` says so. checkpoint: a folder in which the state is kept;
@@ -64,7 +69,10 @@ def prune(
     applied, the model is in training mode with dropout or gradient checkpointing, or it runs in `torch.inference_mode()`;
     FloatingPointError at the step where logits or the loss are NaN or inf. The model and the masks are then as before.
     """
-    check_types(prune, locals())
+    given = locals()
+    check_types(prune, given)
+    if not isinstance(masks, NodeMasks) or granularities is not None or layers is not None or ablation is not None:
+        return on_model(prune, **given)
     budget = budget_of(masks.space, max_kl=max_kl, agreement=agreement, max_nodes=max_nodes, loss=loss, max_loss=max_loss,
                        objective=objective)
     _check_start(masks, start, objective)
@@ -100,7 +108,8 @@ def _check_start(masks: NodeMasks, start: Circuit | None, objective: PaperObject
         raise ValueError("start goes with max_kl, max_nodes or a loss; an objective starts from scores of its own.")
     if start.space.shapes != masks.space.shapes:
         raise ValueError(f"start is a circuit over other nodes, {', '.join(start.space.granularities)} in layers {start.space.layers}, "
-                         f"than these masks ({', '.join(masks.space.granularities)} in layers {masks.space.layers}).")
+                         f"than these masks ({', '.join(masks.space.granularities)} in layers {masks.space.layers}); of other "
+                         f"granularities give start.at({list(masks.space.granularities)}).")
 
 
 def _paper(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, objective: PaperObjective, settings: Settings,
@@ -118,7 +127,7 @@ def _paper(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, objective
         history.append(Step(step, kl, size, lam))
         bar.passed(3 * min(objective.batch_size, len(searched)))
 
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(int(settings.seed))
     with torch.enable_grad():
         objective.train(masks, reference, generator, record, bar.over)
     circuit = to_circuit(masks)

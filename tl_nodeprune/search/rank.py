@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import nn
 
 from tl_nodeprune.circuit import NodeScores
-from tl_nodeprune.masks import Landscape, LossFn, NodeMasks, distance, kl_divergence
-from tl_nodeprune.nodes import check_seed, check_types
+from tl_nodeprune.masks import Ablation, Landscape, LossFn, NodeMasks, distance, kl_divergence
+from tl_nodeprune.nodes import check_seed, check_types, figures
 from tl_nodeprune.prompts import PromptPairs
+from tl_nodeprune.search.attached import on_model
 from tl_nodeprune.search.budget import Budget
 from tl_nodeprune.search.run import Run, Settings, going, searchable
 
 
-def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence, steps: int | None = None, batch_size: int = 64,
-         step_prompts: int | None = None, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True) -> NodeScores:
+def rank(masks: NodeMasks | nn.Module, prompts: PromptPairs, *, loss: LossFn = kl_divergence, steps: int | None = None,
+         batch_size: int = 64, step_prompts: int | None = None, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True,
+         granularities: str | Iterable[str] | None = None, layers: int | Iterable[int] | None = None,
+         ablation: str | Ablation | None = None) -> NodeScores:
     """A score for every leaf node such that the best k of them, for every k, are a circuit of low loss: `1 - (place - 1) / n`.
 
     It is `prune`'s run without a cut, all sizes alike, on all of the prompts. The masks stay as they are.
 
+    masks: attached ones, or a model, which then gets masks for the length of the call; granularities, layers, ablation: of those, as in
+        `add_node_masks`.
     loss: fn(circuit_logits, full_logits, prompts) -> [batch], its mean is lowered at each size; KL(full || circuit) as given. For MIB
         see `mib.distance` (CMD) and `mib.shortfall` (CPR). By KL and `mib.distance` pairs are searched on in both directions where `prune`
         does that. All else as in `prune`.
@@ -25,7 +33,10 @@ def rank(masks: NodeMasks, prompts: PromptPairs, *, loss: LossFn = kl_divergence
     Raises: ValueError for a loss that is the same with every node ablated, or "optimal" ablation, whose constants differ from size to
     size; and what `prune` raises.
     """
-    check_types(rank, locals())
+    given = locals()
+    check_types(rank, given)
+    if not isinstance(masks, NodeMasks) or granularities is not None or layers is not None or ablation is not None:
+        return on_model(rank, **given)
     check_seed(seed)
     settings = Settings(steps, batch_size, step_prompts, cache_bytes, seed)
     if masks.asked_ablation.name == "optimal":
@@ -44,5 +55,5 @@ def _check_varies(landscape: Landscape) -> None:
     ends = torch.stack([torch.ones(landscape.n, dtype=torch.float32), torch.zeros(landscape.n, dtype=torch.float32)])
     full, ablated = landscape.losses(ends, torch.arange(landscape.n_prompts)).loss.mean(-1).tolist()
     if abs(full - ablated) <= 1e-6 * max(abs(full), abs(ablated)):
-        raise ValueError(f"the loss is constant: {full:.4g} for the full model and {ablated:.4g} with every node ablated, so no node is "
-                         "better than another. Are these the right corrupted prompts?")
+        raise ValueError(f"the loss is constant: {figures(full)} for the full model and {figures(ablated)} with every node ablated, so no "
+                         "node is better than another. Are these the right corrupted prompts?")

@@ -12,16 +12,16 @@ import torch
 
 from tl_nodeprune.circuit import Circuit, NodeScores, figure, leaves_of, set_to, versions
 from tl_nodeprune.masks import NodeMasks, kl_divergence
-from tl_nodeprune.nodes import check_counts, check_types, peak_memory
-from tl_nodeprune.prompts import FEWEST, SIGNIFICANT, PromptPairs
+from tl_nodeprune.nodes import Figured, check_counts, check_types, figures, peak_memory
+from tl_nodeprune.prompts import FEWEST_PROMPTS, TASK_LEVEL, PromptPairs
 from tl_nodeprune.search.budget import Budget, budget_of
 from tl_nodeprune.search.cut import smallest
 from tl_nodeprune.search.held_out import ENOUGH, HeldOut
 from tl_nodeprune.search.run import Run, Settings, going, searchable
 
 
-@dataclass(frozen=True)
-class Step:
+@dataclass(frozen=True, repr=False)
+class Step(Figured):
     """One step of a search. kl: nats (or the loss given), mean over the step's prompts, each under a size of its own; size: their mean;
     coefficient: the temperature of the soft masks; lam for PaperObjective."""
 
@@ -31,8 +31,8 @@ class Step:
     coefficient: float
 
 
-@dataclass(frozen=True)
-class PruneResult:
+@dataclass(frozen=True, repr=False)
+class PruneResult(Figured):
     """What a search found.
 
     kl: the binary circuit's mean loss on prompts that were never searched on, `held_out` (nats for KL); interval: 90 %, by bootstrap over
@@ -108,14 +108,14 @@ class PruneResult:
         table = self.frontier
         fits = table[table["kl"] <= budget.max_loss] if budget.smallest else table[table["nodes"] <= (budget.max_size or 0)]
         if fits.empty:
-            given, have = (f"max_kl={max_kl}", f"KL {table['kl'].min():.4g}") if budget.smallest else (
+            given, have = (f"max_kl={max_kl}", f"KL {figures(table['kl'].min())}") if budget.smallest else (
                 f"max_nodes={max_nodes}", f"{int(table['nodes'].min())} nodes")
             raise ValueError(f"no circuit of this run's frontier meets {given}; its lowest is {have}. Give finish=masks, or search anew.")
         row = fits.iloc[0 if budget.smallest else -1]
         circuit = self.ranking.top(int(row["nodes"]))
         held = HeldOut(float(row["kl"]), float(row["low"]), float(row["high"]), float(row["accuracy"]), _different(self.held_out))
         met = held.meets(budget.max_loss) if budget.smallest else True
-        no_task = _different(self.searched) >= FEWEST and self.p_value > SIGNIFICANT
+        no_task = _different(self.searched) >= FEWEST_PROMPTS and self.p_value > TASK_LEVEL
         there = replace(self, circuit=circuit, converged=False if no_task else met, kl=held.kl,
                         search_kl=float(row["search_kl"]), interval=(held.low, held.high), accuracy=held.accuracy, minimal=False, tested=0,
                         ruled_out=0, scores=NodeScores.from_circuit(circuit, within=self.ranking))
@@ -159,17 +159,17 @@ def told(masks: NodeMasks, found: PruneResult, budget: Budget, *, objective: boo
 
 def _problem(found: PruneResult, budget: Budget) -> str:
     """Why no circuit can be claimed, in words; empty where one can."""
-    if found.converged is False and found.p_value > SIGNIFICANT and (not budget.smallest or found.kl <= budget.max_loss):
+    if found.converged is False and found.p_value > TASK_LEVEL and (not budget.smallest or found.kl <= budget.max_loss):
         return ("no circuit is claimed: on these pairs the full model does not prefer the answer more on clean than on corrupted "
-                f"prompts (signed-rank test, p = {found.p_value:.2g}). Are answers and prompts in the same order?")
+                f"prompts (signed-rank test, p = {figures(found.p_value)}). Are answers and prompts in the same order?")
     if found.converged is False:
-        return (f"no circuit within the budget was found: on prompts held out the loss is {found.kl:.4f}, "
-                f"{found.kl - budget.max_loss:.4f} above {budget.max_loss}.")
+        return (f"no circuit within the budget was found: on prompts held out the loss is {figures(found.kl)}, "
+                f"{figures(found.kl - budget.max_loss)} above {budget.max_loss}.")
     if found.converged is None:
         n = _different(found.held_out)
         needed = HeldOut(found.kl, *found.interval, found.accuracy, n).needed(budget.max_loss)
-        return (f"the budget is untested: {n} different prompts held out are too few to tell whether the loss, {found.kl:.4f} there, is "
-                f"within {budget.max_loss}. About {needed} are needed: give {max(ENOUGH, 4 * needed)} prompts, or others as held_out.")
+        return (f"the budget is untested: {n} different prompts held out are too few to tell whether the loss, {figures(found.kl)} there, "
+                f"is within {budget.max_loss}. About {needed} are needed: give {max(ENOUGH, 4 * needed)} prompts, or others as held_out.")
     return ""
 
 
@@ -194,7 +194,7 @@ def held_out_sentence(result: PruneResult) -> str:
     """What a result says of its circuit on prompts held out, then on those searched."""
     unit, (low, high) = " nats" if result.loss == "KL" else "", result.interval
     aside, n = "" if result.held_out is None else f" {len(result.held_out)}", "" if result.searched is None else f" {len(result.searched)}"
-    sure = "" if math.isnan(low) else f" (90 % interval {low:.4f} to {high:.4f})"
+    sure = "" if math.isnan(low) else f" (90 % interval {figures(low)} to {figures(high)})"
     right = "" if math.isnan(result.accuracy) else f", {result.accuracy:.0%} answered right"
-    return (f"{result.loss} {result.kl:.4f}{unit} on{aside} prompts held out{sure}{right}; {result.search_kl:.4f} on the{n} prompts "
-            "searched.")
+    return (f"{result.loss} {figures(result.kl)}{unit} on{aside} prompts held out{sure}{right}; {figures(result.search_kl)} on the{n} "
+            "prompts searched.")

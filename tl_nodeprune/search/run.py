@@ -29,8 +29,8 @@ from tl_nodeprune.search.nested import PATH, PATH_PROMPTS, Nested
 
 SMALLEST_SHARE, N_SIZES = 0.001, 36  # of the frontier
 SEARCHED, JUDGED = 48, 256  # prompts that the frontier is measured on, at most: of those searched on, and of those held out
-STEP_PROMPTS, CUDA_STEP_PROMPTS = 32, 64
-STEPS_AT_1000, STEPS_POWER, FEWEST_STEPS = 124, 0.45, 24  # 265 for 5,000 nodes, 900 for 80,000
+STEP_PROMPTS, CUDA_STEP_PROMPTS, FEW_STEP_PROMPTS = 32, 64, 16  # the last: for few nodes
+STEPS_AT_1000, STEPS_POWER, FEWEST_STEPS, FEW_NODES = 124, 0.45, 48, 1000  # 265 for 5,000 nodes, 900 for 80,000
 TRAINED_AT = 0.7  # of the budget, since fresh prompts have more loss than those trained on
 PARTS, TRAINING, FRONTIER = 4, 0.6, 0.75  # of a time limit: by when the training ends, and the frontier is measured
 
@@ -62,8 +62,9 @@ class Settings:
     def steps_of(self, n_nodes: int) -> int:
         return self.steps or max(round(STEPS_AT_1000 * (n_nodes / 1000) ** STEPS_POWER), FEWEST_STEPS)
 
-    def prompts_of(self, device: torch.device) -> int:
-        return self.step_prompts or (CUDA_STEP_PROMPTS if device.type == "cuda" else STEP_PROMPTS)
+    def prompts_of(self, device: torch.device, n_nodes: int) -> int:
+        few = FEW_STEP_PROMPTS if n_nodes < FEW_NODES else STEP_PROMPTS
+        return self.step_prompts or (CUDA_STEP_PROMPTS if device.type == "cuda" else few)
 
 
 class Progress:
@@ -147,7 +148,7 @@ class Run:
                  progress: Progress, *, both_ways: bool) -> None:
         self.masks, self.budget, self.settings, self.progress = masks, budget, settings, progress
         model, space = masks.model, masks.space
-        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.generator = torch.Generator().manual_seed(int(settings.seed))
         progress.stage("the full model")
         sides = [preference(model, part, settings.batch_size) for part in ([searched] if held is None else [searched, held])]
         self.preference: Preference = sides[0]
@@ -193,7 +194,7 @@ class Run:
         """Leaves the order of all nodes in `order`."""
         settings, progress = self.settings, self.progress
         steps = settings.steps_of(self.landscape.n)
-        nested = Nested(self.landscape, steps=steps, step_prompts=settings.prompts_of(self.landscape.device),
+        nested = Nested(self.landscape, steps=steps, step_prompts=settings.prompts_of(self.landscape.device, self.landscape.n),
                         generator=self.generator, near=self.near, limits=self.budget.limits)
         sizes = len(self.sizes())
         measured = sizes * sum(min(len(sample.prompts), most) for sample, most in zip(self.samples, (SEARCHED, JUDGED), strict=False))

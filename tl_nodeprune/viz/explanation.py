@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 import torch
 from circuitsvis.utils.render import RenderedHTML
 
-from tl_nodeprune.evidence import CircuitRun, Explanation
+from tl_nodeprune.evidence import Explanation, Interventions
 from tl_nodeprune.evidence.explanations import LOGITS, figure
 from tl_nodeprune.masks import masks_off
 from tl_nodeprune.nodes import GateKey, check_counts, check_finite, check_node, check_ready, check_types
@@ -72,7 +72,7 @@ def answer_attention(model: Any, circuit: HasCircuit, prompts: PromptPairs, head
         check_ready(model)
         circuit.check_fits(model)
         some.check_fits(model)
-        seen = CircuitRun(model, circuit, some)(keep={name: lambda a: a.detach().float().cpu()} if name in model.hook_dict else {})[1]
+        seen = Interventions(model, circuit, some)(keep={name: lambda a: a.detach().float().cpu()} if name in model.hook_dict else {})[1]
     if name not in seen:
         raise ValueError(f"the model's forward gave no attention pattern at {name}; load it with attn_implementation=\"eager\".")
     pattern = seen[name]

@@ -97,6 +97,8 @@ def test_print_and_the_command_say_it(toy: Toy, tmp_path: Path, capsys: pytest.C
     for part in (repr(circuit), "task: IOI", "budget: max_kl=0.05", "KL 0.0400 nats (0.0300 to 0.0500, 90 %) on 50 prompts held out",
                  "NOT converged", "90% with the answer preferred", "seed: 3", "torch 2.4"):
         assert part in text
+    assert "converged" in str(replace(EVERYTHING, converged=True)) and "untested" in str(replace(EVERYTHING, converged=None))
+    assert "converged" not in str(replace(EVERYTHING, converged=True, budget="max_nodes=5")), "no KL was asked for"
     assert "\x1b" not in text and str(heads(toy)) == repr(heads(toy)) and "\n" not in repr(circuit)
     circuit.save(tmp_path / "c.safetensors")
     assert main(["show", str(tmp_path / "c.safetensors")]) == 0

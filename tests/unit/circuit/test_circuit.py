@@ -147,7 +147,8 @@ def crafted(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, st
 HUGE = [["attn_neuron", 0, [4, 10**9]], ["head", 0, [4]]]
 CRAFTED: dict[str, tuple[Any, str]] = {
     "huge nodes": ({"present": HUGE}, "less than or equal"),
-    "many nodes": (lambda space: {"n_layers": 9, "present": space["present"] + [["mlp_neuron", n, [1 << 25]] for n in (6, 7)]}, "than 67"),
+    "many nodes": (lambda space: {"n_layers": 9, "present": space["present"] + [
+        row for n in (6, 7) for row in (["layer", n, []], ["mlp_neuron", n, [1 << 25]])]}, "than 67"),
     "layers": ({"n_layers": 10**15}, "n_layers"), "no layers": ({"n_layers": 1}, "fit no model of 1 layers"),
     "fraction": ({"n_layers": 2.5}, "n_layers"), "half a layer": ({"shapes": [["head", 1.7, [4]]]}, "integer"),
     "truth": ({"d_model": True}, "d_model"), "text": ({"d_model": "96"}, "d_model"), "nothing": ({"kv_heads": None}, "kv_heads"),
@@ -183,9 +184,18 @@ def test_a_crafted_description(circuit: tlnp.Circuit, tmp_path: Path, name: str)
     ({"gate/head/0": torch.ones(4, dtype=torch.bool)}, r"of BOOL \[4\] has no place"),
     ({"gate/head/0": torch.ones(4, 1, dtype=torch.uint8)}, r"gate/head/0 of U8 \[4, 1\] has no place"),
     ({"gate/head/7": torch.ones(4, dtype=torch.uint8)}, "gate/head/7 .* has no place"),
-    ({"constant/blocks.0.attn.hook_z": torch.full((3, 4, 24), torch.nan)}, "hook_z holds NaN or inf"),
-    ({"constant/blocks.0.attn.hook_z": torch.full((3, 4, 24), torch.inf)}, "hook_z holds NaN or inf"),
-    ({"constant/blocks.0.attn.hook_z": torch.ones(4, 24)}, "hook_z .* has no place"),
+    ({"constant/blocks.0.attn.hook_z": torch.full((3, 4, 24), torch.nan)}, "hook_z'. holds NaN or inf"),
+    ({"constant/blocks.0.attn.hook_z": torch.full((3, 4, 24), torch.inf)}, "hook_z'. holds NaN or inf"),
+    ({"constant/blocks.0.attn.hook_z": torch.ones(4, 24)}, r"hook_z'\] is \[4, 24\], and 'mean' ablation of these nodes needs"),
+    ({"constant/blocks.1.attn.hook_z": torch.ones(2, 4, 24)}, r"hook_z'\] is \[2, 4, 24\], .* needs one per position, \[3, 4, 24\]"),
+    ({"constant/blocks.1.attn.hook_z": torch.ones(3, 4, 1)}, r"hook_z'\] is \[3, 4, 1\]"),
+    ({"constant/blocks.1.attn.hook_z": None}, r"'mean' ablation has no constant for 'blocks\.1\.attn\.hook_z', which is gated"),
+    ({"constant/blocks.2.attn.hook_z": torch.ones(3, 4, 24)}, r"blocks\.2\.attn\.hook_z .* has no place"),
+    ({"constant/blocks.0.hook_mlp_out": torch.ones(3, 96)}, "hook_mlp_out .* has no place"),
+    ({"constant/blocks.1.attn.hook_z": None, "blocks.1.attn.hook_z": torch.ones(3, 4, 24)}, "hook_z .* has no place"),
+    ({"constant/blocks.0.attn.hook_z": torch.ones(3, 4, 24).to(torch.float8_e4m3fn)}, "hook_z of F8_E4M3 .* has no place"),
+    ({"gate/attn/1": torch.zeros((), dtype=torch.uint8)}, "gate/(attn|head)/1 has nodes open that gates above or below keep closed"),
+    ({"gate/head/1": torch.zeros(4, dtype=torch.uint8)}, "gate/attn/1 has nodes open that gates above or below keep closed"),
     ({"constant/blocks.0.attn.hook_z": torch.ones(3, 4, 24, dtype=torch.int32)}, "hook_z of I32 .* has no place"),
     ({"constant/blocks.0.hook_q": torch.ones(3, 96)}, "hook_q .* has no place"), ({"weight": torch.ones(3)}, "weight .* has no place"),
 ])
@@ -194,13 +204,56 @@ def test_crafted_tensors(circuit: tlnp.Circuit, tmp_path: Path, change: dict[str
     saved_with_constants(circuit, path)
     with safetensors.safe_open(str(path), framework="pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-    crafted(path, tensors | change, metadata)
+    crafted(path, {name: value for name, value in (tensors | change).items() if value is not None}, metadata)
     with pytest.raises(ValueError, match=rf"c\.safetensors is damaged.*{text}"):
         tlnp.Circuit.load(path)
-    if "NaN" in text:
-        broken = tlnp.Ablation("mean", {"blocks.0.attn.hook_z": next(iter(change.values()))})
-        with pytest.raises(ValueError, match="this circuit cannot be saved: .* NaN or inf"):
-            circuit.under(broken).save(path)
+
+
+def test_constants_that_do_not_fit_are_refused_where_they_are_given(toy: Toy, circuit: tlnp.Circuit, tmp_path: Path) -> None:
+    """By each that takes an ablation; one of more hook points than are gated is right, and the file holds what is gated."""
+    model, prompts = toy
+    few = saved_with_constants(circuit, tmp_path / "c")
+    whole = tlnp.Ablation("mean").fit(model, prompts, find_nodes(model).hooks)
+    few.under(whole).save(tmp_path / "c")
+    assert set(tlnp.Circuit.load(tmp_path / "c").ablation.constants) == set(few.space.hooks) < set(whole.constants)
+    assert few.under(whole).ablation == whole
+    last, scores = few.space.hooks[-1], tlnp.NodeScores.from_circuit(few)
+    uses: tuple[Callable[[tlnp.Ablation], Any], ...] = (
+        few.under, lambda wrong: tlnp.Circuit.full(few.space, wrong), lambda wrong: tlnp.NodeMasks(few.space, ablation=wrong),
+        lambda wrong: tlnp.Circuit.from_masks(model, dict(few.under("zero")), wrong),
+        lambda wrong: tlnp.Circuit.from_nodes(model, {"layer": [(1,)], "head": []}, wrong),
+        lambda wrong: model.add_node_masks(("head", "layer"), ablation=wrong),
+        lambda wrong: tlnp.mib.evaluate(model, scores, prompts, ablation=wrong))
+    for change, text in (({}, rf"no constant for '{last}'"), ({last: torch.ones(96)}, rf"constants\['{last}'\] is \[96\]"),
+                         ({last: torch.ones(17, 1)}, r"is \[17, 1\]"), ({last: torch.ones(16, 96)}, r"needs one per position, \[17, 96\]"),
+                         ({last: torch.ones(0, 96)}, r"is \[0, 96\]")):
+        wrong = tlnp.Ablation("mean", {hook: value for hook, value in whole.constants.items() if hook != last} | change)
+        for use in uses:
+            with pytest.raises(ValueError, match=text):
+                use(wrong)
+    with pytest.raises(ValueError, match="this circuit cannot be saved: 'mean' ablation has no constant for 'blocks.0.attn.hook_z'"):
+        few.under("mean").save(tmp_path / "c")
+
+
+@pytest.mark.parametrize(("space", "text"), [
+    (lambda s: {"present": [row for row in s["present"] if row[:2] != ["layer", 1]], "shapes": [["head", 0, [4]]]}, "without layer nodes"),
+    (lambda s: {"present": [row for row in s["present"] if row[:2] != ["attn_neuron", 1]], "shapes": [["head", 0, [4]]]},
+     "head nodes without attn_neuron nodes"),
+    (lambda s: {"present": [row for row in s["present"] if row[:2] != ["mlp", 1]], "shapes": [["head", 0, [4]]]}, "without mlp nodes"),
+    (lambda s: {"weights": s["weights"] + s["weights"][:1]}, "weights names a part twice"),
+    (lambda s: {"weights": [["attn", 9, 5]]}, "or one that is not there"), (lambda s: {"weights": [["layer", 3, 5]]}, "not there"),
+    (lambda s: {"weights": [["attn", 0, 1 << 60]]}, "less than"), (lambda s: {"weights": [["attn", 0, 0]]}, "greater than"),
+])
+def test_fields_that_contradict_each_other(circuit: tlnp.Circuit, tmp_path: Path, space: Callable[[Any], Any], text: str) -> None:
+    path = tmp_path / "c.safetensors"
+    small = tlnp.Circuit.full(circuit.space.restrict("head", [0]))
+    small.save(path)
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    given = json.loads(metadata["space"])
+    crafted(path, tensors, metadata | {"space": json.dumps(given | space(given))})
+    with pytest.raises(ValueError, match=rf"c\.safetensors is damaged.*{text}"):
+        tlnp.Circuit.load(path)
 
 
 @pytest.mark.parametrize("header", [
@@ -224,7 +277,8 @@ def test_an_older_format_is_refused_in_words(circuit: tlnp.Circuit, tmp_path: Pa
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_what_is_loaded_is_saved_to_the_very_same_file(circuit: tlnp.Circuit, tmp_path: Path, dtype: torch.dtype) -> None:
-    constants = {hook: value.to(dtype) for hook, value in saved_with_constants(circuit, tmp_path / "c").ablation.constants.items()}
+    circuit = saved_with_constants(circuit, tmp_path / "c")
+    constants = {hook: value.to(dtype) for hook, value in circuit.ablation.constants.items()}
     circuit.under(tlnp.Ablation("mean", constants)).save(tmp_path / "c")
     loaded = tlnp.Circuit.load(tmp_path / "c")
     assert loaded == circuit and all(torch.equal(loaded.ablation.constants[hook], value) for hook, value in constants.items())
@@ -444,3 +498,12 @@ def test_circuits_of_other_granularities_say_how_they_are_compared(toy: Toy, cir
             _ = circuit - other  # type: ignore[operator]
         with pytest.raises(TypeError):
             _ = circuit <= other  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("nodes", [{"head": [(0, 1)], "attn": []}, {"head": [(0, 1)], "attn": [(1,)]},
+                                   {"head": [(0, 1)], "attn_neuron": []},
+                                   {"mlp": [(0,)], "mlp_neuron": [(1, 0)]}, {"layer": [(0,)], "head": [(1, 0)], "mlp": []}])
+def test_nodes_that_would_be_dropped_are_refused(toy: Toy, nodes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"nodes: .* can't be kept, since all above it, or all below, is cut"):
+        tlnp.Circuit.from_nodes(toy[0], nodes)
+    assert tlnp.Circuit.from_nodes(toy[0], {"layer": [(0,)], "head": []}).count() == {"layer": 1, "head": 0}, "its MLP is not gated"

@@ -120,3 +120,13 @@ def test_sizes_must_ascend_to_one(sizes: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="give two or more shares of the nodes, ascending, above 0, the last one 1.0"):
         check_sizes(sizes)
     check_sizes((0.1, 0.5, 1.0))
+
+
+def test_ranks_are_apart_whatever_the_default_dtype() -> None:
+    """bfloat16 as the default, which people set to load a model, has no 1,000 numbers below 1."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = ranks(torch.arange(1000))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(found.unique()) == 1000 and found.dtype == torch.float32

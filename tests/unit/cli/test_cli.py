@@ -6,11 +6,13 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 import tl_nodeprune as tlnp
@@ -41,11 +43,11 @@ def rows() -> list[dict[str, str]]:
     ({"--agreement": "98"}, "agreement=98.0; it is a share of the prompts"),
     ({"--ablation": "noise"}, "unknown ablation 'noise'"),
     ({"--granularities": "heads"}, "unknown granularity 'heads'"),
-    ({"--prompts": "0"}, "n=0"),
-    ({"--steps": "0"}, "steps=0"),
+    ({"--prompts": "0"}, "--prompts=0; it must be a whole number, 2 or more"),
+    ({"--steps": "0"}, "--steps=0; it must be a whole number, 1 or more"),
     ({"--time-limit": "0"}, "--time-limit 0.0; it must be a finite number of seconds above 0"),
     ({"--max-nodes": "0.1", "--agreement": "0.9"}, "--agreement goes with --max-kl"),
-    ({"--device": "cuda:99"}, "--device 'cuda:99' cannot be used here"),
+    ({"--device": "cuda:99"}, "--device 'cuda:99' cannot compute here; this machine has cpu"),
     ({"--out": __file__}, "test_cli.py' is a file; give a folder"),
     ({"--out": ""}, "--out is ''; give a name"), ({"--html": ""}, "--html is ''"), ({"--checkpoint": ""}, "--checkpoint is ''"),
     ({"--model": ""}, "--model is ''"), ({"--task": ""}, "--task is ''"), ({"--html": "/dev/null"}, "'/dev/null' is a device"),
@@ -56,6 +58,24 @@ def test_bad_input_is_one_line_and_2(tmp_path: Path, capsys: pytest.CaptureFixtu
     error = capsys.readouterr().err
     assert text in error and error.startswith("tl-nodeprune: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("option", "given"), [
+    ("--max-nodes", "0"), ("--max-nodes", "-3"), ("--max-nodes", "1.5"), ("--max-nodes", "nan"), ("--max-nodes", "-0.1"), ("--max-kl", "0"),
+    ("--max-kl", "inf"), ("--agreement", "nan"), ("--agreement", "1.01"), ("--seed", "-1"), ("--seed", "9" * 30), ("--prompts", "0"),
+    ("--prompts", "1"), ("--prompts", "-5"), ("--steps", "-1"), ("--batch-size", "0"), ("--time-limit", "-1"), ("--time-limit", "nan"),
+    ("--device", "meta"), ("--device", "mkldnn"), ("--device", "vulkan"), ("--device", "cuda:-1"), ("--device", "hpu"), ("--device", ""),
+    ("--ablation", "x"), ("--granularities", "x"), ("--task", "rows.jsonl")])
+def test_what_needs_no_model_is_refused_before_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, given: str,
+                                                            capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(json.dumps(ROW) + "\n[]\n")
+    options = {"--model": "no/such/model", "--task": "ioi", "--out": "out", option: given}
+    assert main(["prune", *(f"{name}={value}" for name, value in options.items())]) == 2
+    error = capsys.readouterr().err
+    name = {"--granularities": "granularity", "--task": "rows.jsonl, line 2"}.get(option, option.removeprefix("--"))
+    assert re.match(rf"tl-nodeprune: .*({name}|{option[2:].replace('-', '_')})", error), error
+    assert "no/such/model" not in error and error.count("\n") == 1 and not Path("out").exists()
 
 
 @pytest.mark.parametrize(("bad", "text"), [("{", "line 2"), (json.dumps(ROW | {"answer": " Mary John"}), "2 tokens"),
@@ -92,7 +112,7 @@ def test_prune_writes_both_files(toy: Toy, tmp_path: Path, capsys: pytest.Captur
     assert {"circuit", "full", "ablated"} <= set(report["held_out"])
     said = capsys.readouterr()
     first, verdict = said.out.split("\n\n")[1].split("\n")[:2]
-    assert first.startswith(f"KL {report['kl']:.4f} nats on {report['settings']['held_out']} prompts held out")
+    assert first.startswith(f"KL {report['kl']:.3g} nats on {report['settings']['held_out']} prompts held out")
     assert verdict.startswith("Untested: ") and "too few to tell" in verdict and "give" in verdict and "UserWarning" not in said.err
     assert "KL held out" in said.out and "leaf nodes" in said.out
 
@@ -281,7 +301,9 @@ def test_show_writes_a_page(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixt
     ({"--html": str(Path(__file__).parent)}, "is a folder; give the name of a file"),
     ({"--html": __file__ + "/page.html"}, "test_cli.py' is a file"),
     ({"--task": "chess"}, "'chess' is no task"),
-    ({"--prompts": "0"}, "n=0"),
+    ({"--prompts": "0"}, "--prompts=0; it must be a whole number, 1 or more"),
+    ({"--model": "no/model", "--seed": "-1"}, "seed=-1"),
+    ({"--model": "no/model", "--device": "meta"}, "--device 'meta' cannot compute here"),
 ])
 def test_show_refuses_in_one_line(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, str], text: str) -> None:
     saved_circuit(toy, tmp_path / "c.safetensors")
@@ -329,3 +351,72 @@ def test_a_circuit_with_other_first_tokens_is_not_said_to_have_converged(
     report = tlnp.evaluate(model, result.circuit, prompts)
     show(result, dataclasses.replace(report, circuit=dataclasses.replace(report.circuit, exact_match=same)), "", "there")
     assert result.converged is True and says in capsys.readouterr().out
+
+
+def test_evaluate_prints_and_saves_what_the_library_says(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    circuit, words = saved_circuit(toy, tmp_path / "c.safetensors"), ["--model", "toy", "--task", "ioi", "--prompts", "8"]
+    assert main(["evaluate", str(tmp_path / "c.safetensors"), *words, "--out", str(tmp_path / "new" / "e.json")]) == 0
+    saved, said = json.loads((tmp_path / "new" / "e.json").read_text()), capsys.readouterr().out
+    prompts = tlnp.tasks.ioi(toy[0], n=8, seed=1).correct(toy[0])
+    want = tlnp.evaluate(toy[0], circuit, prompts)
+    assert saved["circuit"] == pytest.approx(dataclasses.asdict(want.circuit), abs=1e-5) and saved["n_prompts"] == len(prompts)
+    assert f"{want.full.logit_diff:.3g}" in said and "interchange ablation" in said and "Written: " in said
+    assert main(["evaluate", str(tmp_path / "c.safetensors"), *words, "--ablation", "zero"]) == 0
+    assert "zero ablation" in capsys.readouterr().out
+
+
+def test_rank_writes_every_node_best_first(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["rank", "--model", "toy", "--task", "ioi", "--prompts", "16", "--steps", "3", "--granularities", "head", "mlp"]
+    assert main([*words, "--out", str(tmp_path / "s.csv")]) == 0 and main([*words, "--out", str(tmp_path / "s.json")]) == 0
+    table, want = pd.read_csv(tmp_path / "s.csv"), tlnp.mib.read(toy[0], tmp_path / "s.json")
+    assert len(table) == 15 and table["score"].is_monotonic_decreasing and len(set(table["node"])) == 15
+    first = table.iloc[0]
+    assert want[f"blocks.{first['layer']}." + {"head": "attn.hook_z", "mlp": "hook_mlp_out"}[first["granularity"]]].max() == 1
+    out = capsys.readouterr().out
+    assert out.index(first["node"]) < out.index(table.iloc[-1]["node"]) and "15 of 15 leaf nodes" in out
+    assert main([*words[:-3], "--granularities", "attn", "--out", str(tmp_path / "a.json")]) == 2
+    assert "the MIB board has no attn nodes; write a .csv" in capsys.readouterr().err and not (tmp_path / "a.json").exists()
+
+
+def test_report_and_compare(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved_circuit(toy, tmp_path / "a.safetensors")
+    circuit, other = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")
+    tlnp.Circuit.from_nodes(toy[0], {"head": [(1, 1)]}).save(other)
+    words = ["--model", "toy", "--task", "ioi", "--prompts", "8", "--n-random", "2", "--max-units", "1"]
+    for name, text in (("r.md", "# Evidence for a circuit"), ("r.csv", "measure,value,low,high,p_value")):
+        assert main(["report", circuit, *words, "--out", str(tmp_path / name)]) == 0
+        assert text in (tmp_path / name).read_text() and "faithfulness" in capsys.readouterr().out
+    assert main(["compare", f"all={circuit}", f"one={other}", "--out", str(tmp_path / "c.csv")]) == 0
+    assert "in all: head 1.1" in capsys.readouterr().out and len(pd.read_csv(tmp_path / "c.csv")) == 12
+
+
+@pytest.mark.parametrize(("words", "text"), [
+    (["evaluate", "c.safetensors", "--out", "e.txt"], "--out 'e.txt'; give a file that ends in .json"),
+    (["evaluate", "c.safetensors", "--out", "t.jsonl/e.json"], "cannot be written: "),
+    (["evaluate", "c.safetensors", "--ablation", "noise"], "unknown ablation 'noise'"),
+    (["report", "c.safetensors", "--n-random", "0"], "n_random=0"), (["rank", "--steps", "0"], "steps=0"),
+    (["rank", "--granularities", "heads"], "unknown granularity 'heads'"), (["rank", "--out", ""], "--out is ''; give a name"),
+    (["evaluate", "c.safetensors", "--device-map", "auto", "--device", "meta"], "--device-map 'auto' goes without --device"),
+    (["evaluate", "c.safetensors", "--revision", "main"], "the embedded model 'toy' has no --revision"),
+    (["compare", "a=c.safetensors", "c.safetensors"], "'c.safetensors' is no circuit with a name; give NAME=FILE"),
+    (["compare", "a=c.safetensors", "a=c.safetensors"], "two of the circuits have one name"),
+    (["compare", "a=c.safetensors", "b=c.safetensors", "--out", "link.csv"], "'link.csv' is a symbolic link"),
+])
+def test_wrong_words_are_found_before_the_model_is_loaded(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str],
+                                                          text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved_circuit(toy, tmp_path / "c.safetensors")
+    (tmp_path / "t.jsonl").write_text("{}")
+    (tmp_path / "link.csv").symlink_to("t.jsonl")
+    words = words if words[0] == "compare" else [*words, "--model", "toy", "--task", "ioi"]
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert text in said.err and said.err.count("\n") == 1 and not said.out
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_version_and_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, text in (("--version", f"tl-nodeprune {tlnp.__version__}"), ("--help", "exit status: 0; 1 for")):
+        with pytest.raises(SystemExit) as stop:
+            main([word])
+        assert stop.value.code == 0 and text in capsys.readouterr().out

@@ -16,7 +16,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.cli.main import load_model, main
+from tl_nodeprune.cli.inputs import load_model
+from tl_nodeprune.cli.main import main
 from tl_nodeprune.nodes.probe import find_nodes
 
 Toy = tuple[Any, tlnp.PromptPairs]
@@ -113,17 +114,34 @@ class Case:
 
     def __init__(self, seed: int, right: float, folder: Path, small: Path, circuits: Path) -> None:
         self.right, self.draw, self.folder, self.small, self.circuits = right, random.Random(seed), folder, small, circuits
-        command = self.mostly("prune" if seed % 3 else "show", "demo", "", "--help", self.junk())
-        words = [command, *(["--html", self.output()] if command != "prune" or self.draw.random() < 0.2 else [])]
-        if command != "demo":
+        self.output()  # makes the pipe and the link
+        others = self.one("show", "evaluate", "report", "rank", "compare")
+        command = self.mostly("prune" if seed % 3 else others, "demo", "", "--help", self.junk())
+        words = [command]
+        if command in ("prune", "show") and (command == "show" or self.draw.random() < 0.2):
+            words += ["--html", self.output()]
+        if command not in ("demo", "compare"):
             words += ["--model", self.model(), "--task", self.task(), "--prompts", self.mostly("8", "0", "-1", "1", "x")]
         if command == "prune":
-            words += ["--out", self.output(), "--max-kl", self.mostly("20", self.number()), "--steps", self.mostly("1", "0", "-3", "x"),
-                      "--granularities", self.mostly("mlp", "head", "neuron", "")]
-        words += [self.circuit()] if command == "show" else [] if command != "demo" else ["--task", self.one("chess", "", "ioi\0")]
-        options = {"--seed": "3", "--device": "cpu", "--dtype": "float16"} if command != "demo" else {}
-        options |= {"--ablation": "mean", "--layers": "0", "--batch-size": "2", "--time-limit": "9", "--agreement": "0.9",
-                    "--max-nodes": "1", "--checkpoint": self.output()} if command == "prune" else {}
+            words += ["--out", self.output(), "--max-kl", self.mostly("20", self.number())]
+        if command in ("prune", "rank"):
+            words += ["--steps", self.mostly("1", "0", "-3", "x"), "--granularities", self.mostly("mlp", "head", "neuron", "")]
+        if command in ("evaluate", "report", "rank", "compare") and self.draw.random() < 0.7:
+            words += ["--out", self.output() + self.one(".json", ".md", ".csv", ".pt", "")]
+        if command == "report":
+            words += ["--n-random", self.mostly("2", self.number()), "--max-units", self.mostly("1", "0", "x")]
+        words += {"show": [self.circuit], "evaluate": [self.circuit], "report": [self.circuit], "demo": [], "compare": []}.get(command, [])
+        words = [word if isinstance(word, str) else word() for word in words]
+        if command == "compare":
+            words += [f"{name}={self.circuit()}" for name in ("a", self.mostly("b", "a", "", "node"))]
+            words += [self.mostly("--level", self.junk()), self.mostly("mlp", "head", "x")]
+        if command == "demo":
+            words += ["--html", self.output(), "--task", self.one("chess", "", "ioi\0")]
+        options = {"--seed": "3", "--device": "cpu", "--dtype": "float16", "--device-map": "cpu", "--revision": "main"
+                   } if command not in ("demo", "compare") else {}
+        options |= {"--ablation": "mean", "--batch-size": "2"} if command in ("prune", "evaluate", "rank") else {}
+        options |= {"--layers": "0", "--time-limit": "9", "--agreement": "0.9", "--max-nodes": "1", "--checkpoint": self.output()
+                    } if command == "prune" else {}
         for name, right in (options | {self.junk(): ""}).items():
             if self.draw.random() < 0.08:
                 words += [name, self.mostly(right, self.number(), self.junk())]

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.evidence.explanations.attention_roles import by_role, even, roles_of
-from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun
 from tl_nodeprune.evidence.explanations.explanation import figure
+from tl_nodeprune.evidence.explanations.interventions import Interventions
 from tl_nodeprune.evidence.explanations.readout import Readout, token_text, weighted
 from tl_nodeprune.nodes.hooks import capture
 from tl_nodeprune.nodes.probe import find_nodes
@@ -73,7 +73,7 @@ def test_what_all_nodes_write_adds_up_to_the_logit_difference(each_toy: Toy) -> 
     heads = [torch.einsum("bhd,hdm->bm", z[layer], model.blocks[layer].attn.W_O) for layer in range(3)]
     rest = sum(seen[f"blocks.{layer}.hook_attn_out"][rows, at] - heads[layer] for layer in range(3))
     with torch.no_grad():
-        logits = CircuitRun(model, circuit, prompts)()[0]
+        logits = Interventions(model, circuit, prompts)()[0]
         readout = Readout(model, seen["blocks.2.hook_resid_post"][rows, at], logits)
         added = readout.logits(seen["blocks.0.hook_resid_pre"][rows, at] + rest)
         constant = readout.logits(torch.zeros_like(rest))

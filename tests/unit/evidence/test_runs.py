@@ -9,7 +9,7 @@ import torch
 from circuits import circuit_logits
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.evidence.runs import Runs
+from tl_nodeprune.evidence.runs import CircuitRuns
 from tl_nodeprune.nodes.probe import find_nodes
 
 Toy = tuple[Any, tlnp.PromptPairs]
@@ -25,15 +25,15 @@ def test_as_evaluate_has_them(each_toy: Toy, ablation: str, batch_size: int) -> 
     circuits = [tlnp.Circuit(space, {key: torch.rand(shape, generator=generator) < 0.9 for key, shape in space.shapes.items()}, fitted)
                 for _ in range(3)]
     circuits.append(tlnp.Circuit.full(space, fitted))
-    runs = Runs(model, prompts, space, fitted, batch_size=batch_size)
+    runs = CircuitRuns(model, prompts, space, fitted, batch_size=batch_size)
     scores = runs(iter(circuits))
-    assert len(scores) == 4 and scores.score.shape == (4, 24)
+    assert len(scores) == 4 and scores.logit_diff.shape == (4, 24)
     for i, circuit in enumerate(circuits):
         found = tlnp.evaluate(model, circuit, prompts)
         assert float(scores.kl[i].mean()) == pytest.approx(found.kl, abs=1e-4)
         assert float(scores.agrees[i].float().mean()) == found.exact_match
-        assert torch.allclose(scores.score[i], prompts.logit_diff(circuit_logits(model, circuit, prompts)), atol=1e-3)
-    assert torch.allclose(scores.score[3], runs.full.score[0], atol=runs.resolution) and runs.full.kl.abs().max() < 1e-5
+        assert torch.allclose(scores.logit_diff[i], prompts.logit_diff(circuit_logits(model, circuit, prompts)), atol=1e-3)
+    assert torch.allclose(scores.logit_diff[3], runs.full.logit_diff[0], atol=runs.resolution) and runs.full.kl.abs().max() < 1e-5
     one, rest = scores.split(1, 3)
     assert len(one) == 1 and torch.equal(rest.kl, scores.kl[1:])
 
@@ -41,10 +41,10 @@ def test_as_evaluate_has_them(each_toy: Toy, ablation: str, batch_size: int) -> 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float64, 1.5e-8), (torch.float32, 3.5e-4), (torch.bfloat16, 0.0157)])
 def test_resolution_is_far_below_the_scores_in_half_precision_too(dtype: torch.dtype, share: float) -> None:
     model, prompts = tlnp.toy.load("ioi", n=4)
-    runs = Runs(model.to(dtype), prompts, find_nodes(model), tlnp.Ablation())
-    assert runs.resolution / float(runs.full.score.abs().mean()) == pytest.approx(share, rel=0.05)
+    runs = CircuitRuns(model.to(dtype), prompts, find_nodes(model), tlnp.Ablation())
+    assert runs.resolution / float(runs.full.logit_diff.abs().mean()) == pytest.approx(share, rel=0.05)
 
 
 def test_no_circuits_are_no_scores(toy: Toy) -> None:
     space = find_nodes(toy[0])
-    assert Runs(toy[0], toy[1], space, tlnp.Ablation())([]).score.shape == (0, 24)
+    assert CircuitRuns(toy[0], toy[1], space, tlnp.Ablation())([]).logit_diff.shape == (0, 24)

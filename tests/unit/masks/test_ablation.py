@@ -69,6 +69,17 @@ def test_errors(toy: Toy) -> None:
     model, prompts = toy
     with pytest.raises(ValueError, match="unknown ablation 'noise'"):
         tlnp.Ablation("noise")
+    for value in (torch.tensor([1.0, torch.nan]), torch.full((1, 2), -torch.inf, dtype=torch.float16)):
+        with pytest.raises(ValueError, match=r"constants\['a'\] holds NaN or inf"):
+            tlnp.Ablation("mean", {"a": value})
+    ones = torch.ones(2)
+    for kind, value in (("sparse", ones.to_sparse()), ("complex", ones * 1j), ('on the device "meta"', ones.to("meta"))):
+        with pytest.raises(ValueError, match=rf"constants\['a'\] is {kind}"):
+            tlnp.Ablation("mean", {"a": value})
+    with pytest.raises(TypeError, match=r"constants\['a'\] must be a tensor of floats, got torch.int64"):
+        tlnp.Ablation("optimal", {"a": torch.ones(2).long()})
+    with pytest.raises(ValueError, match="constants are given, and 'zero' ablation has none"):
+        tlnp.Ablation("zero", {"a": torch.ones(2)})
     with pytest.raises(ValueError, match=r"'mean' has no constant for 'blocks\.0\.attn\.hook_z'"):
         tlnp.Ablation("mean").values(model, prompts, HOOKS)
 

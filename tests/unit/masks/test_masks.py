@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.nodes.attachment import temporary_hooks
+from tl_nodeprune.nodes.attachment import find_attachment, temporary_hooks
 from tl_nodeprune.nodes.probe import find_nodes
 from tl_nodeprune.nodes.space import GateKey, NodeSpace
 
@@ -88,8 +89,15 @@ def test_training_mode_with_dropout(fresh_toy: Toy, no_hooks_left: Callable[[Any
     model.eval()
     masks = model.add_node_masks()
     model.train()
-    with pytest.raises(RuntimeError, match="training mode with dropout"):
-        masks.prune(prompts, max_kl=0.1, progress=False)
+    spare = tlnp.NodeMasks(masks.space)
+    for use in (lambda: masks.prune(prompts, max_kl=0.1, progress=False), lambda: masks.paired(prompts), lambda: prompts.correct(model),
+                lambda: tlnp.Ablation("mean").fit(model, prompts, masks.space.hooks)):
+        with pytest.raises(RuntimeError, match="training mode with dropout"):
+            use()
+    masks.remove()
+    for put_on in (spare.attach, spare.on):
+        with pytest.raises(RuntimeError, match="training mode with dropout"):
+            put_on(model)
 
 
 def test_nodes_of_the_toy(each_toy: Toy) -> None:
@@ -121,6 +129,63 @@ def test_sampling_draws_afresh_and_reproducibly(toy: Toy) -> None:
     with masks.sampling(torch.Generator().manual_seed(0)):
         assert torch.equal(masks.mask(hook), a) and not torch.equal(a, b)
     assert (masks.mask(hook) == 0.5).all()  # deterministic again outside
+
+
+@pytest.mark.parametrize("enter", [lambda stack, masks: stack.enter_context(masks), lambda stack, masks: masks.__enter__()])
+def test_a_with_block_takes_masks_off_however_it_ends(toy: Toy, enter: Callable[[Any, Any], Any]) -> None:
+    model = toy[0]
+    with pytest.raises(KeyboardInterrupt):
+        with model.add_node_masks(("head",)) as masks:
+            assert masks.attached and isinstance(masks, tlnp.NodeMasks)
+            raise KeyboardInterrupt
+    assert not masks.attached
+    with model.add_node_masks(("head",)) as masks:
+        model.remove_node_masks()  # before its end
+        other = model.add_node_masks(("mlp",))
+    assert other.attached
+    with contextlib.ExitStack() as stack:
+        assert enter(stack, other) is other and other.attached
+        with pytest.raises(RuntimeError, match="entered before"):
+            other.__enter__()
+        stack.callback(other.remove)
+    assert not other.attached and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(RuntimeError, match="not attached to a model"):
+        with masks:
+            pass
+    assert hasattr(masks, "__exit__")
+
+
+def test_a_cell_that_is_run_again_gets_new_masks(toy: Toy) -> None:
+    """The earlier ones say that they are off; masks over other nodes, or under another ablation, are not replaced."""
+    model, prompts = toy
+
+    def cell(**budget: Any) -> tlnp.NodeMasks:
+        masks: tlnp.NodeMasks = model.add_node_masks(["head", "mlp"], layers=[0])
+        masks.set_to(tlnp.Circuit.empty(masks.space))
+        masks.prune(prompts, steps=5, progress=False, **budget)
+        return masks
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cell(loss=interrupted, max_loss=1.0)
+        earlier = find_attachment(model).owner  # type: ignore[union-attr]
+        with pytest.warns(UserWarning, match="these new ones take their place"):
+            new = cell(max_nodes=2)
+        assert new.attached and not earlier.attached and new is not earlier
+        with pytest.raises(RuntimeError, match="not attached"), earlier.paired(prompts):
+            pass
+        for other in ({"layers": [0]}, {"granularities": "head"}, {"granularities": ["head", "mlp"], "layers": 0, "ablation": "zero"}):
+            with pytest.raises(RuntimeError, match="attached to this model already"):
+                model.add_node_masks(**other)
+        with pytest.raises(ValueError, match="unknown granularity"):
+            model.add_node_masks("heads")
+        assert new.attached
+    finally:
+        model.remove_node_masks()
+
+
+def interrupted(*_: Any) -> torch.Tensor:
+    raise KeyboardInterrupt
 
 
 def test_masks_gone_with_permanent_hooks_can_still_be_removed(fresh_toy: Toy) -> None:
@@ -260,7 +325,11 @@ def test_gradient_checkpointing_is_refused(fresh_toy: Toy, no_hooks_left: Callab
     model.train()
     with pytest.raises(RuntimeError, match="gradient_checkpointing_disable"):
         masks.prune(prompts, max_kl=0.1, progress=False)
+    with pytest.raises(RuntimeError, match="gradient_checkpointing_disable"):
+        masks.paired(prompts)
+    model.eval()
     with masks.paired(prompts), masks.sampling(torch.Generator()):
+        model.train()  # after the look at it
         loss = model(prompts.clean).sum()
         with pytest.raises(RuntimeError, match="runs the model again in the backward pass"):
             loss.backward()

@@ -35,6 +35,15 @@ ROW = {"clean": "So Mary is a really good friend, isn't", "corrupted": "So John 
     ({"answers": ONE.bool()}, "answers must be integer token ids.*torch.bool"),
     ({"attention_mask": [[1, 1, 1]] * 2}, "attention_mask is a list, not a tensor"),
     ({"answer_positions": [2, 2]}, "answer_positions must be integers.*got a list, not a tensor"),
+    ({"clean": IDS.to("meta")}, 'clean is on the device "meta"'), ({"clean": IDS.to_sparse()}, "clean is sparse"),
+    ({"corrupted": torch.nested.nested_tensor([ONE, IDS[0]])}, "corrupted is nested"), ({"answers": ONE * 1j}, "answers is complex"),
+    ({"answers": torch.quantize_per_tensor(ONE.float(), 1, 0, torch.qint8)}, "answers is quantised"),
+    ({"attention_mask": torch.ones(2, 3) * (1 + 0j)}, "attention_mask is complex; give a plain tensor of real numbers"),
+    ({"attention_mask": torch.quantize_per_tensor(torch.ones(2, 3), 1, 0, torch.quint8)}, "attention_mask is quantised"),
+    ({"attention_mask": torch.ones(2, 3).to_sparse()}, "attention_mask is sparse"),
+    ({"attention_mask": torch.ones(2, 3, device="meta")}, 'attention_mask is on the device "meta"'),
+    ({"answer_positions": ONE.to("meta")}, 'answer_positions is on the device "meta"'),
+    ({"clean": torch.full((2, 3), 2**63, dtype=torch.uint64)}, "clean holds the token id -9"),
     ({"clean": -IDS}, "clean holds the token id -5"),
     ({"answers": TWO}, r"prompt 0: .*share a token \(2 and 2\)"),
     ({"answers": torch.tensor([[1, FILL], [1, 2]])}, r"prompt 1: .*share a token"),
@@ -51,6 +60,29 @@ ROW = {"clean": "So Mary is a really good friend, isn't", "corrupted": "So John 
 def test_refuses_what_does_not_fit(given: dict[str, Tensor], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         tlnp.PromptPairs(**({"clean": IDS, "corrupted": IDS, "answers": ONE, "wrong_answers": TWO} | given))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64])
+def test_token_ids_of_any_whole_type(dtype: torch.dtype) -> None:
+    wanted = tlnp.PromptPairs(IDS, IDS, ONE, TWO)
+    found = tlnp.PromptPairs(IDS.to(dtype), IDS.to(dtype), ONE.to(dtype), TWO.to(dtype), answer_positions=torch.tensor([2, 2]).to(dtype))
+    for name in ("clean", "corrupted", "answers", "wrong_answers", "answer_positions"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)) and getattr(found, name).dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.uint8, torch.int64, torch.bool])
+def test_masks_of_0_and_1_of_any_real_type(dtype: torch.dtype) -> None:
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    found = tlnp.PromptPairs(IDS, IDS, ONE, TWO, mask.to(dtype))
+    assert found.attention_mask.tolist() == [[True, True, False]] * 2 and found.answer_positions.tolist() == [1, 1]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("device", ["meta", "mkldnn", "vulkan", "hpu", "gpu", "cpu:-1", "", "x" * 99])
+def test_devices_that_cannot_compute(device: str) -> None:
+    prompts = tlnp.PromptPairs(IDS, IDS, ONE, TWO)
+    with pytest.raises(ValueError, match=rf"device '{device}' cannot compute here; this machine has cpu"):
+        prompts.to(device)
+    assert prompts.to("cpu:0").clean.tolist() == IDS.tolist()
 
 
 @pytest.mark.parametrize("name", ["clean", "corrupted", "answers", "wrong_answers"])

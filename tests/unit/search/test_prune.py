@@ -94,6 +94,34 @@ def test_masks_not_attached_or_another_circuit_applied(toy: Toy) -> None:
         masks.prune(prompts, max_kl=0.1)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_in_place_of_masks(toy: Toy, no_hooks_left: Callable[[Any], None]) -> None:
+    """The same circuit and scores as with masks that one puts on oneself; nothing is left on the model, also after an error."""
+    model, prompts = toy
+    kinds: dict[str, Any] = {"granularities": ["head", "mlp"], "layers": [1, 2], "ablation": "mean"}
+    result = tlnp.prune(model, prompts, max_nodes=4, steps=5, progress=False, **kinds)
+    scores = tlnp.rank(model, prompts, steps=5, progress=False, **kinds)
+    no_hooks_left(model)
+    with model.add_node_masks(**kinds) as masks:
+        assert masks.prune(prompts, max_nodes=4, steps=5, progress=False).circuit == result.circuit
+        assert torch.equal(tlnp.rank(masks, prompts, steps=5, progress=False).flat, scores.flat)
+        with pytest.raises(ValueError, match=r"layers=\[0\] goes with a model"):
+            masks.prune(prompts, max_nodes=4, layers=[0])
+        with pytest.raises(RuntimeError, match="attached to this model already"):
+            tlnp.prune(model, prompts, max_nodes=4)
+        assert masks.attached
+    for wrong, error, text in (({"max_kl": -1}, ValueError, "max_kl"), ({"max_kl": 1, "layers": [9]}, ValueError, "layer 9"),
+                               ({"loss": interrupted, "max_loss": 1.0}, KeyboardInterrupt, "")):
+        with pytest.raises(error, match=text):
+            tlnp.prune(model, prompts, progress=False, **{"granularities": "mlp"} | wrong)  # type: ignore[arg-type]
+    no_hooks_left(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def interrupted(*_: Any) -> torch.Tensor:
+    raise KeyboardInterrupt
+
+
 def test_prompts_of_another_tokenizer(toy: Toy, masks: tlnp.NodeMasks) -> None:
     bad = tlnp.PromptPairs(toy[1].clean + 500, toy[1].corrupted, toy[1].answers, toy[1].wrong_answers)
     with pytest.raises(ValueError, match="clean holds token id .* vocabulary ends at 198"):

@@ -253,9 +253,10 @@ def test_consensus_is_consistent_where_no_child_has_the_votes() -> None:
 
 
 def test_consensus_keeps_the_ablation() -> None:
-    ablations = [tlnp.Ablation("mean", {"blocks.0.hook_mlp_out": torch.tensor(value)}) for value in ([[1.0]], [[3.0]])]
+    ablations = [tlnp.Ablation("mean", {hook: torch.full((1, *SPACE.activation(hook)), value) for hook in SPACE.hooks})
+                 for value in (1.0, 3.0)]
     consensus = made_sweep(*(made([[1, 0], [0, 0]], [1, 0, 0], ablation) for ablation in ablations)).consensus(0.1)
-    assert consensus.ablation.name == "mean" and consensus.ablation.constants["blocks.0.hook_mlp_out"].tolist() == [[2.0]]
+    assert consensus.ablation.name == "mean" and consensus.ablation.constants["blocks.0.hook_mlp_out"].tolist() == [[2.0] * 4]
 
 
 @pytest.mark.parametrize("ask", [tlnp.Sweep.frequency, tlnp.Sweep.iou, tlnp.Sweep.consensus])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from tl_nodeprune.evidence.reports.verdicts import MARKS, Findings, Verdict, verdicts_of
-from tl_nodeprune.nodes import check_types
+from tl_nodeprune.nodes import check_types, figures
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,5 +81,5 @@ def _table(frame: pd.DataFrame) -> str:
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.4g}"
+        return "" if math.isnan(value) else figures(value)
     return str(value)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from tl_nodeprune.circuit import Circuit
-from tl_nodeprune.evidence.runs import Runs
+from tl_nodeprune.evidence.runs import CircuitRuns
 from tl_nodeprune.evidence.units import Unit, closed
 
 NOTHING = 1e-6  # nats: a KL that is rounding
@@ -21,7 +21,7 @@ class JudgedCircuit:
     are not kept whole. Raises: ValueError where ablating all nodes changes nothing.
     """
 
-    def __init__(self, runs: Runs, circuit: Circuit, units: Sequence[Unit], *, max_units: int, generator: torch.Generator) -> None:
+    def __init__(self, runs: CircuitRuns, circuit: Circuit, units: Sequence[Unit], *, max_units: int, generator: torch.Generator) -> None:
         self.runs, self.circuit, self.units, self.generator = runs, circuit, units, generator
         self.kept = [unit for unit in units if unit.kept(circuit)]
         self.tried = self._some(self.kept, max_units)
@@ -30,8 +30,8 @@ class JudgedCircuit:
         self.full = runs.full
         without = closed(Circuit.full(circuit.space, circuit.ablation), self.kept, only=circuit)
         self.itself, self.ablated, self.complement = runs([circuit, empty, without], total=3).split(1, 1, 1)
-        self.span = float(self.full.score.mean() - self.ablated.score.mean())
-        if self.ablated.kl.mean() <= NOTHING and float((self.full.score - self.ablated.score).abs().max()) <= runs.resolution:
+        self.span = float(self.full.logit_diff.mean() - self.ablated.logit_diff.mean())
+        if self.ablated.kl.mean() <= NOTHING and float((self.full.logit_diff - self.ablated.logit_diff).abs().max()) <= runs.resolution:
             raise ValueError(f"the metric is constant: with every node of this circuit ablated ({circuit.ablation.name}) the model "
                              "answers as it does whole, so there is nothing to judge. Are these the right corrupted prompts and layers?")
 

@@ -25,13 +25,13 @@ class UnitEffects:
 def unit_effects(judged: JudgedCircuit) -> UnitEffects:
     """Removing each of the tried units."""
     without = judged.runs((closed(judged.circuit, [unit]) for unit in judged.tried), total=len(judged.tried), desc="units")
-    return UnitEffects(tuple(judged.tried), without.kl.mean(1) - judged.kl, (without.score - judged.itself.score).abs().mean(1))
+    return UnitEffects(tuple(judged.tried), without.kl.mean(1) - judged.kl, (without.logit_diff - judged.itself.logit_diff).abs().mean(1))
 
 
 def random_effects(judged: JudgedCircuit, draws: int) -> Float[Tensor, "draw"]:
     """What removing a unit at random does: mean absolute change of the logit difference.
 
-    A draw adds a random path to the circuit first (from each layer, by a coin's throw, one unit that is not kept whole), then takes
+    A draw adds a random path to the circuit first (from each layer, with probability 1/2, one unit that is not kept whole), then takes
     one of the path's units out again. Empty where every unit is kept whole.
     """
     if not judged.spare:
@@ -41,7 +41,7 @@ def random_effects(judged: JudgedCircuit, draws: int) -> Float[Tensor, "draw"]:
         path = _path(judged)
         lost = path[judged.below(len(path))]
         pairs += [path, [unit for unit in path if unit != lost]]
-    score = judged.runs((opened(judged.circuit, path) for path in pairs), total=len(pairs), desc="random units").score
+    score = judged.runs((opened(judged.circuit, path) for path in pairs), total=len(pairs), desc="random units").logit_diff
     return (score[0::2] - score[1::2]).abs().mean(1)
 
 

@@ -9,8 +9,9 @@ from itertools import combinations
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evidence.reports.judged import JudgedCircuit
 from tl_nodeprune.evidence.reports.minimality import UnitEffects
-from tl_nodeprune.evidence.runs import Runs
+from tl_nodeprune.evidence.runs import CircuitRuns
 from tl_nodeprune.evidence.units import Unit, closed, opened
+from tl_nodeprune.nodes import figures
 
 MATTERS = 0.01  # of KL(full || ablated): a rise of the KL below this counts as none
 RECOVERED = 0.8  # of what removing a unit costs: what a stand-in must bring back, and by how much it must lower that cost
@@ -35,10 +36,10 @@ class Redundancy:
         if self.kept and len(self.others) > 1:
             names = ", ".join(map(str, (self.unit, *self.others)))
             return (f"any one of {names} suffices, all are kept: without all of them the circuit's KL rises by {self.rise:.3g} nats, with "
-                    f"one of them left by {(1 - self.recovered) * self.rise:.2g} at most")
+                    f"one of them left by {figures((1 - self.recovered) * self.rise)} at most")
         if self.kept:
             return (f"either {self.unit} or {others} suffices, both are kept: without both the circuit's KL rises by {self.rise:.3g} nats, "
-                    f"without one of them by {(1 - self.recovered) * self.rise:.2g} at most")
+                    f"without one of them by {figures((1 - self.recovered) * self.rise)} at most")
         return (f"either {self.unit} or {others} suffices: with {self.unit} out, which costs {self.rise:.3g} nats, {others} "
                 f"{'brings' if len(self.others) == 1 else 'bring'} back {self.recovered:.0%} of that")
 
@@ -57,7 +58,7 @@ def redundancies(judged: JudgedCircuit, effects: UnitEffects) -> tuple[list[Redu
     return found, len(needed), len(slight)
 
 
-def stand_ins(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, float], units: Sequence[Unit]) -> list[Redundancy]:
+def stand_ins(runs: CircuitRuns, circuit: Circuit, base: float, rises: Mapping[Unit, float], units: Sequence[Unit]) -> list[Redundancy]:
     """For each kept unit, whole units of the same kind that are cut (or partly so) and make up for it when it is taken out; and with
     them in, it no longer matters (else they would not replace it but do good of their own).
 
@@ -71,7 +72,7 @@ def stand_ins(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, fl
     return [item for item, cost in zip(found, costs, strict=True) if cost <= (1 - RECOVERED) * item.rise]
 
 
-def _bring_back(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, float], units: Sequence[Unit]) -> list[Redundancy]:
+def _bring_back(runs: CircuitRuns, circuit: Circuit, base: float, rises: Mapping[Unit, float], units: Sequence[Unit]) -> list[Redundancy]:
     spare = [unit for unit in units if not unit.whole(circuit)]
     groups = [(unit, tuple(v for v in spare if v.granularity == unit.granularity and v != unit)) for unit in rises]
     groups, found, parents = [group for group in groups if group[1]], [], dict[tuple[Unit, tuple[Unit, ...]], float]()
@@ -88,7 +89,7 @@ def _bring_back(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, 
     return found
 
 
-def kept_pairs(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, float], least: float) -> list[Redundancy]:
+def kept_pairs(runs: CircuitRuns, circuit: Circuit, base: float, rises: Mapping[Unit, float], least: float) -> list[Redundancy]:
     """Pairs of kept units whose removal together adds `least` nats or more to the KL, while each alone adds next to nothing of that."""
     pairs = list(combinations(rises, 2))
     kl = runs((closed(circuit, pair) for pair in pairs), total=len(pairs), desc="pairs").kl.double().mean(1).tolist()
@@ -98,7 +99,7 @@ def kept_pairs(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, f
     return [item for item in found if item.recovered >= RECOVERED]
 
 
-def kept_groups(runs: Runs, circuit: Circuit, base: float, rises: Mapping[Unit, float], least: float) -> list[Redundancy]:
+def kept_groups(runs: CircuitRuns, circuit: Circuit, base: float, rises: Mapping[Unit, float], least: float) -> list[Redundancy]:
     """Three or more kept units of which any one suffices: all of them out adds `least` nats or more to the KL, and with any one of them
     back next to nothing of that. Found by taking units out one after the other, those of smallest effect first, until the KL jumps."""
     left, found = sorted(rises, key=lambda unit: rises[unit]), []

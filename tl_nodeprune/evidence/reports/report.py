@@ -23,10 +23,10 @@ from tl_nodeprune.evidence.reports.minimality import UnitEffects, random_effects
 from tl_nodeprune.evidence.reports.random_circuits import random_circuits
 from tl_nodeprune.evidence.reports.redundancy import redundancies
 from tl_nodeprune.evidence.reports.verdicts import Settings
-from tl_nodeprune.evidence.runs import Runs
+from tl_nodeprune.evidence.runs import CircuitRuns
 from tl_nodeprune.evidence.units import units_of
 from tl_nodeprune.masks import ABLATIONS, Ablation, masks_off, optimal_constants
-from tl_nodeprune.nodes import check_counts, check_level, check_ready, check_seed, check_types, model_name
+from tl_nodeprune.nodes import check_counts, check_level, check_ready, check_seed, check_types, figures, model_name
 from tl_nodeprune.prompts import PromptPairs, preference
 
 FEWEST_FOR_INTERVALS = 10
@@ -64,8 +64,8 @@ def report(
     every_unit = units_of(circuit.space, units)
     with masks_off(model):
         _check_fits(model, circuit, {"prompts": prompts, "held_out": judged_on})
-        runs = Runs(model, judged_on, circuit.space, circuit.ablation, batch_size=batch_size, progress=progress)
-        judged = JudgedCircuit(runs, circuit, every_unit, max_units=max_units, generator=torch.Generator().manual_seed(seed))
+        runs = CircuitRuns(model, judged_on, circuit.space, circuit.ablation, batch_size=batch_size, progress=progress)
+        judged = JudgedCircuit(runs, circuit, every_unit, max_units=max_units, generator=torch.Generator().manual_seed(int(seed)))
         task, effects = preference(model, judged_on, batch_size), unit_effects(judged)
         tests, p_values = _tests(judged, effects, n_random, alpha, seed)
         found, looked_for, paired = redundancies(judged, effects)
@@ -87,7 +87,7 @@ def report(
 def _tests(judged: JudgedCircuit, effects: UnitEffects, n_random: int, alpha: float, seed: int
            ) -> tuple[dict[str, HypothesisTest], NDArray[np.float64]]:
     """The tests by name, and each unit's p-value of minimality."""
-    scores = {name: getattr(judged, name).score[0] for name in ("itself", "full", "ablated", "complement")}
+    scores = {name: getattr(judged, name).logit_diff[0] for name in ("itself", "full", "ablated", "complement")}
     p_values = np.full(len(effects.units), np.nan)
 
     def of_units() -> HypothesisTest:
@@ -106,7 +106,7 @@ def _tests(judged: JudgedCircuit, effects: UnitEffects, n_random: int, alpha: fl
     apart = knocked_out("complement")
     if apart.passed is False and (nothing := knocked_out("ablated")).passed is False:
         why = ("But so do the scores with every node ablated "
-               f"(p = {nothing.p_value:.2g}): what stands in for nodes tells of the task itself, and this test can decide nothing.")
+               f"(p = {figures(nothing.p_value)}): what stands in for nodes tells of the task itself, and this test can decide nothing.")
         apart = replace(apart, passed=None, sentence=f"{apart.sentence} {why}")
     return {"equivalence": _made("equivalence", equal), "independence": apart, "minimality": _made("minimality", of_units)}, p_values
 
@@ -149,10 +149,10 @@ def _under_each_ablation(model: Any, circuit: Circuit, prompts: PromptPairs, jud
 def _intervals(judged: JudgedCircuit, seed: int) -> dict[str, tuple[float, float]]:
     """95 % intervals over prompts: `bootstrap`, but Wilson's for shares, which a bootstrap gives no width at 0 and 1."""
     one = judged.itself
-    n = one.score.shape[1]
+    n = one.logit_diff.shape[1]
     if n < FEWEST_FOR_INTERVALS:
         return dict.fromkeys(("kl", "accuracy", "logit_diff", "exact_match", "faithfulness"), (math.nan, math.nan))
-    circuit, full, ablated = (scores.score[0].double().numpy() for scores in (one, judged.full, judged.ablated))
+    circuit, full, ablated = (scores.logit_diff[0].double().numpy() for scores in (one, judged.full, judged.ablated))
 
     def faithfulness(c: NDArray[Any], f: NDArray[Any], a: NDArray[Any], axis: int = -1) -> NDArray[Any]:
         with np.errstate(all="ignore"):
@@ -162,7 +162,7 @@ def _intervals(judged: JudgedCircuit, seed: int) -> dict[str, tuple[float, float
         found = stats.binomtest(int(hits.sum()), n).proportion_ci(method="wilson")
         return float(found.low), float(found.high)
 
-    return {"kl": bootstrap(np.mean, one.kl[0].double().numpy(), seed=seed), "accuracy": share(one.score[0] > 0),
+    return {"kl": bootstrap(np.mean, one.kl[0].double().numpy(), seed=seed), "accuracy": share(one.logit_diff[0] > 0),
             "logit_diff": bootstrap(np.mean, circuit, seed=seed), "exact_match": share(one.agrees[0]),
             "faithfulness": bootstrap(faithfulness, circuit, full, ablated, seed=seed) if judged.share(0) == 0 else (math.nan, math.nan)}
 

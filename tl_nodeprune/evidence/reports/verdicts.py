@@ -13,7 +13,8 @@ from tl_nodeprune.evidence.hypotheses import HypothesisTest
 from tl_nodeprune.evidence.reports.completeness import Completeness
 from tl_nodeprune.evidence.reports.random_circuits import RandomDraws
 from tl_nodeprune.evidence.reports.redundancy import MATTERS, Redundancy
-from tl_nodeprune.prompts import FEWEST, SIGNIFICANT
+from tl_nodeprune.nodes import figures
+from tl_nodeprune.prompts import FEWEST_PROMPTS, TASK_LEVEL
 
 LEFT = 0.2
 """Of the task's effect on the logit difference: more must not be left without the circuit, nor lie between model and circuit on average."""
@@ -99,7 +100,7 @@ def verdicts_of(report: Findings) -> tuple[Verdict, ...]:
     tests = [Verdict(test.name, test.passed, test.sentence) for test in (report.equivalence, report.independence, report.minimality)]
     task, others = _task(report), [_faithfulness(report), _completeness(report), _random_circuits(report), *tests, _redundancy(report),
                                    _ablations(report)]
-    few = f"fewer than {FEWEST} prompts, so no claim" if report.settings.n_prompts < FEWEST else ""
+    few = f"fewer than {FEWEST_PROMPTS} prompts, so no claim" if report.settings.n_prompts < FEWEST_PROMPTS else ""
     if why := "no task here, so no claim" if task.passed is False else few:
         others = [replace(one, passed=None, sentence=f"({why}) {one.sentence}") for one in others]
     return (task, *others)
@@ -110,10 +111,10 @@ def _task(report: Findings) -> Verdict:
     if math.isnan(p):
         return Verdict("task", None, "Not tested: corrupted prompts are the same as the clean ones. The full model prefers the answer to "
                        f"the wrong one on {report.evaluation.full.accuracy:.0%} of {n} prompts.")
-    if n < FEWEST:
-        return Verdict("task", None, f"Not tested: whether the full model does the task needs {FEWEST} prompts or more; got {n}.")
-    tail = f"the answer more on clean than on corrupted prompts (signed-rank test on {n} pairs, p = {p:.2g})"
-    if p <= SIGNIFICANT:
+    if n < FEWEST_PROMPTS:
+        return Verdict("task", None, f"Not tested: whether the full model does the task needs {FEWEST_PROMPTS} prompts or more; got {n}.")
+    tail = f"the answer more on clean than on corrupted prompts (signed-rank test on {n} pairs, p = {figures(p)})"
+    if p <= TASK_LEVEL:
         return Verdict("task", True, f"The full model prefers {tail}.")
     return Verdict("task", False, f"The full model was not found to prefer {tail}. Are answers and prompts in the same order? No circuit "
                    "of a task can be claimed; what follows is about the model's output alone.")
@@ -156,11 +157,11 @@ def _random_circuits(report: Findings) -> Verdict:
         return Verdict(name, None, f"Not tested: no other circuit has as many nodes of each kind {where}.")
     draws, low = len(null.kl), null.p_value <= alpha
     tail = (f"of {draws} random circuits with as many nodes of each kind {where} (KL {null.median:.3g} nats in the median, "
-            f"{float(null.kl.min()):.3g} at the lowest; p = {null.p_value:.2g}, the chance of being as low by lot)")
+            f"{float(null.kl.min()):.3g} at the lowest; p = {figures(null.p_value)}, the chance that one of them is as low)")
     floor = max(1 / null.possible, 1 / (draws + 1))
     if floor > alpha:
         few = f"{null.possible:.0f} such circuits exist" if 1 / null.possible == floor else f"{draws} were drawn"
-        return Verdict(name, None, f"Cannot be told: only {few}, so p cannot be below {floor:.2g}; {tail}.")
+        return Verdict(name, None, f"Cannot be told: only {few}, so p cannot be below {figures(floor)}; {tail}.")
     return Verdict(name, low, f"Its KL is {'lower than that of nearly all' if low else 'not clearly lower than those'} {tail}.")
 
 

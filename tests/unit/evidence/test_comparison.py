@@ -97,7 +97,7 @@ def test_circuits_on_each_other_s_prompts(toy: Toy, no_hooks_left: Any) -> None:
 
 def test_hundreds_of_thousands_of_nodes_are_no_trouble() -> None:
     """As many as the neurons of an 8B model: time and memory go with what chance may share, not with its square."""
-    from tl_nodeprune.evidence.compare import _shared_by_chance
+    from tl_nodeprune.evidence.comparison import _shared_by_chance
 
     chances = _shared_by_chance([(459_776, 40_000, 60_000), (1_024, 100, 90)])
     mean = 40_000 * 60_000 / 459_776 + 100 * 90 / 1_024
