@@ -8,7 +8,7 @@ from planted import PLANTS, Plant, circuit_of, leaves_of
 from torch import Tensor
 
 import tl_nodeprune as tlnp
-from tl_nodeprune.evidence.explanations.interventions import Interventions
+from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun
 from tl_nodeprune.evidence.explanations.path_patching import path_effects
 from tl_nodeprune.evidence.units import Unit
 
@@ -63,7 +63,7 @@ def test_a_path_is_the_receivers_output_computed_anew_by_hand() -> None:
     names = ["blocks.0.hook_attn_out", "blocks.1.hook_resid_mid", "blocks.1.mlp.hook_post", "blocks.1.hook_mlp_out"]
     names += ["blocks.2.hook_resid_post"]
     with torch.no_grad():
-        run = Interventions(model, circuit, prompts, [head_unit, mlp])
+        run = CircuitRun(model, circuit, prompts, [head_unit, mlp])
         paths = path_effects(run, [head_unit, mlp])
         base, seen = run(keep={name: Tensor.clone for name in names})
         cut = run(without=[head_unit], keep={names[0]: Tensor.clone})[1]

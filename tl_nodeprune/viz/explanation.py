@@ -13,10 +13,9 @@ import plotly.graph_objects as go
 import torch
 from circuitsvis.utils.render import RenderedHTML
 
-from tl_nodeprune.evidence import Explanation, Interventions
-from tl_nodeprune.evidence.explanations import LOGITS, figure
+from tl_nodeprune.evidence import LOGITS, CircuitRun, Explanation
 from tl_nodeprune.masks import masks_off
-from tl_nodeprune.nodes import GateKey, check_counts, check_finite, check_node, check_ready, check_types
+from tl_nodeprune.nodes import GateKey, check_counts, check_finite, check_node, check_ready, check_types, figures
 from tl_nodeprune.prompts import PromptPairs, positions
 from tl_nodeprune.viz.tokens import _captioned, _tokens
 from tl_nodeprune.viz.values import HasCircuit, circuit_of, title
@@ -72,7 +71,7 @@ def answer_attention(model: Any, circuit: HasCircuit, prompts: PromptPairs, head
         check_ready(model)
         circuit.check_fits(model)
         some.check_fits(model)
-        seen = Interventions(model, circuit, some)(keep={name: lambda a: a.detach().float().cpu()} if name in model.hook_dict else {})[1]
+        seen = CircuitRun(model, circuit, some)(keep={name: lambda a: a.detach().float().cpu()} if name in model.hook_dict else {})[1]
     if name not in seen:
         raise ValueError(f"the model's forward gave no attention pattern at {name}; load it with attn_implementation=\"eager\".")
     pattern = seen[name]
@@ -128,7 +127,7 @@ def _numbers(drawn: pd.DataFrame, places: dict[str, tuple[float, float]]) -> go.
     spots = [(13, 17, 9, 11, 15)[i % 5] for i in range(len(middles))]  # of 25 along the line, so that neighbours do not meet
     return go.Scatter(x=[curve[0][at] for (curve, _), at in zip(middles, spots, strict=True)],
                       y=[curve[1][at] for (curve, _), at in zip(middles, spots, strict=True)], mode="text", showlegend=False,
-                      text=[f"<b>{figure(effect, sign=True)}</b>" for _, effect in middles], hoverinfo="skip", name="effects")
+                      text=[f"<b>{figures(effect, sign=True)}</b>" for _, effect in middles], hoverinfo="skip", name="effects")
 
 
 def _markers(found: Explanation, places: dict[str, tuple[float, float]]) -> Iterator[go.Scatter]:
@@ -140,7 +139,7 @@ def _markers(found: Explanation, places: dict[str, tuple[float, float]]) -> Iter
                 x=[places[node.name][0] for node in some], y=[places[node.name][1] for node in some], mode="markers+text", name=kind,
                 marker={"symbol": symbol, "size": [12 + 22 * (abs(node.effect) / largest) ** 0.5 for node in some], "opacity": 1,
                         "color": [_colour(node.effect) for node in some]}, showlegend=False,
-                text=[f"{node.name}<br>{figure(node.effect, sign=True)}" for node in some], textfont={"size": 11},
+                text=[f"{node.name}<br>{figures(node.effect, sign=True)}" for node in some], textfont={"size": 11},
                 textposition="bottom center",
                 hovertext=[_hover(node) for node in some], hovertemplate="%{hovertext}<extra></extra>")
     x, y = places[LOGITS]
@@ -151,7 +150,7 @@ def _markers(found: Explanation, places: dict[str, tuple[float, float]]) -> Iter
 def _hover(node: Any) -> str:
     lines = [node.name, _does(node.effect, "it")]
     lines += [f"attends to {role} {part:.0%}" for role, part, _ in node.attention()]
-    lines += [f"neuron {neuron} ({figure(neuron.effect, sign=True)})" for neuron in node.neurons]
+    lines += [f"neuron {neuron} ({figures(neuron.effect, sign=True)})" for neuron in node.neurons]
     lines += [f"promotes {', '.join(node.promotes)}"] if node.promotes else []
     return "<br>".join(map(html.escape, lines))
 
@@ -162,7 +161,7 @@ def _legend() -> Iterator[go.Scatter]:
 
 
 def _does(effect: float, what: str) -> str:
-    return f"cutting {what} {'lowers' if effect < 0 else 'raises'} the logit difference by {figure(abs(effect))}"
+    return f"cutting {what} {'lowers' if effect < 0 else 'raises'} the logit difference by {figures(abs(effect))}"
 
 
 def _colour(effect: float) -> str:

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tl_nodeprune as tlnp
 from tl_nodeprune.evidence.explanations.attention_roles import by_role, even, roles_of
-from tl_nodeprune.evidence.explanations.explanation import figure
-from tl_nodeprune.evidence.explanations.interventions import Interventions
+from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun
 from tl_nodeprune.evidence.explanations.readout import Readout, token_text, weighted
+from tl_nodeprune.nodes.figures import figures
 from tl_nodeprune.nodes.hooks import capture
 from tl_nodeprune.nodes.probe import find_nodes
 
@@ -73,7 +73,7 @@ def test_what_all_nodes_write_adds_up_to_the_logit_difference(each_toy: Toy) -> 
     heads = [torch.einsum("bhd,hdm->bm", z[layer], model.blocks[layer].attn.W_O) for layer in range(3)]
     rest = sum(seen[f"blocks.{layer}.hook_attn_out"][rows, at] - heads[layer] for layer in range(3))
     with torch.no_grad():
-        logits = Interventions(model, circuit, prompts)()[0]
+        logits = CircuitRun(model, circuit, prompts)()[0]
         readout = Readout(model, seen["blocks.2.hook_resid_post"][rows, at], logits)
         added = readout.logits(seen["blocks.0.hook_resid_pre"][rows, at] + rest)
         constant = readout.logits(torch.zeros_like(rest))
@@ -108,7 +108,7 @@ def test_its_forms(toy: Toy) -> None:
     assert all(sentence.endswith(".") for sentence in found.sentences)
     strongest = found.nodes[0]
     verb = "lowers" if strongest.effect < 0 else "raises"
-    assert f"cutting {strongest.name} {verb} it by {figure(abs(strongest.effect))}" in found.text
+    assert f"cutting {strongest.name} {verb} it by {figures(abs(strongest.effect))}" in found.text
     assert set(found.edges["receiver"]) <= {node.name for node in found.nodes} | {"logits"}
     frame = found.to_frame().set_index("node")
     heads = [node for node in found.nodes if node.unit.granularity == "head"]
@@ -234,14 +234,6 @@ def test_what_cannot_be_explained_is_refused(toy: Toy) -> None:
         tlnp.explain(model, full(model), tlnp.PromptPairs(prompts.clean, prompts.clean, prompts.answers, prompts.wrong_answers))
     with pytest.raises(ValueError, match="nodes=0"):
         tlnp.explain(model, full(model), prompts, nodes=0)
-
-
-@pytest.mark.parametrize(("value", "text"), [(11.26, "11.3"), (-1.3, "-1.30"), (0.0123, "0.0123"), (1234.5, "1,234"), (0.0, "0"),
-                                             (math.nan, ""), (0.99951, "1.00"), (9.996, "10.0"), (99.96, "100")])
-def test_three_figures(value: float, text: str) -> None:
-    assert figure(value) == text
-
-
 def test_html_escapes_what_tokens_say(markup_toy: Toy) -> None:
     model, prompts = markup_toy
     html = tlnp.explain(model, full(model), prompts)._repr_html_()

@@ -8,13 +8,13 @@ top_neurons      the neurons of an MLP
 attention_roles  what a token of a prompt is to the task
 readout          direct logit attribution
 path_patching    the effect of one connection
-interventions    a circuit run again with one thing changed
+circuit_run      a circuit run again with one thing changed
 """
 
 from __future__ import annotations
 
+from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun
 from tl_nodeprune.evidence.explanations.explain import explain
-from tl_nodeprune.evidence.explanations.explanation import LOGITS, TERMS, Explanation, Neuron, NodeRole, figure
-from tl_nodeprune.evidence.explanations.interventions import Interventions
+from tl_nodeprune.evidence.explanations.explanation import LOGITS, TERMS, Explanation, Neuron, NodeRole
 
-__all__ = ["LOGITS", "TERMS", "Interventions", "Explanation", "Neuron", "NodeRole", "explain", "figure"]
+__all__ = ["LOGITS", "TERMS", "CircuitRun", "Explanation", "Neuron", "NodeRole", "explain"]

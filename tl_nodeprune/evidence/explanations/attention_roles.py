@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.prompts import PromptPairs
-from tl_nodeprune.prompts.checks import FILL
+from tl_nodeprune.prompts import FILL, PromptPairs
 
 OTHER = "another token"
 _TIMES = ("first", "second", "third", "fourth", "fifth")

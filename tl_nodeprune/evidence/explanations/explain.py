@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tl_nodeprune.circuit import Circuit, PromptMetrics
+from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun
 from tl_nodeprune.evidence.explanations.explanation import LOGITS, STANDS_OUT, Explanation, NodeRole
-from tl_nodeprune.evidence.explanations.interventions import Interventions
 from tl_nodeprune.evidence.explanations.node_roles import describe
 from tl_nodeprune.evidence.explanations.path_patching import Edge, path_effects
 from tl_nodeprune.evidence.explanations.sentences import sentences_of
@@ -56,8 +56,7 @@ def explain(model: Any, circuit: Circuit, prompts: PromptPairs, *, nodes: int = 
             raise ValueError("the circuit is empty: it keeps no node, so there is nothing to explain.")
         units = [unit for unit in units_of(circuit.space) if unit.kept(circuit)]
         full, itself, ablated, without = _cut_all(model, circuit, prompts, units, batch_size)
-        different = int(prompts.distinct().max()) + 1
-        measured = sorted(_measured(units, itself, without, _span(full, ablated), different), key=lambda node: -abs(node.effect))
+        measured = sorted(_measured(units, itself, without, _span(full, ablated)), key=lambda node: -abs(node.effect))
         sliced = can_slice(model, prompts.clean, positions(prompts))
         shown, notes = describe(model, circuit, prompts, measured[:nodes], batch_size=batch_size, sliced=sliced)
         paths = _paths(model, circuit, prompts[:PATHS], [node.unit for node in shown], batch_size, sliced)
@@ -73,17 +72,16 @@ def explain(model: Any, circuit: Circuit, prompts: PromptPairs, *, nodes: int = 
 
 
 def _cut_all(model: Any, circuit: Circuit, prompts: PromptPairs, units: Sequence[Unit], batch_size: int) -> list[PromptMetrics]:
-    """What the full model, the circuit, the ablated model, and the circuit without each unit do."""
+    """Metrics of the full model, the circuit, the ablated model, and the circuit without each unit."""
     runs = CircuitRuns(model, prompts, circuit.space, circuit.ablation, batch_size=batch_size)
     empty = Circuit.empty(circuit.space, circuit.ablation)
     found = runs(one for group in ([circuit, empty], (closed(circuit, [unit]) for unit in units)) for one in group)
     return [runs.full, *found.split(1, 1, len(units))]
 
 
-def _measured(units: Sequence[Unit], itself: PromptMetrics, without: PromptMetrics, span: float, n: int) -> list[NodeRole]:
-    """The units with their effects. n: how many different prompts there are, which the interval is over."""
+def _measured(units: Sequence[Unit], itself: PromptMetrics, without: PromptMetrics, span: float) -> list[NodeRole]:
     changes, kl = without.logit_diff - itself.logit_diff, (without.kl - itself.kl).mean(1)
-    effects = changes.mean(1)
+    effects, n = changes.mean(1), changes.shape[1]
     error = 1.96 * changes.std(1) / math.sqrt(n) if n > 1 else torch.full_like(effects, math.nan)
     rows = zip(units, effects.tolist(), error.tolist(), kl.tolist(), strict=True)
     return [NodeRole(unit, effect, (effect - half, effect + half), rise, abs(effect) >= STANDS_OUT * span and not abs(effect) <= half)
@@ -97,6 +95,7 @@ def _span(full: PromptMetrics, ablated: PromptMetrics) -> float:
 
 def _paths(model: Any, circuit: Circuit, prompts: PromptPairs, units: Sequence[Unit], batch_size: int, sliced: bool) -> dict[Edge, Tensor]:
     """Path effects prompt by prompt, so many prompts at a time that all senders of a receiver go into one forward."""
-    parts = [path_effects(Interventions(model, circuit, batch, units, sliced=sliced), units)
+    parts = [path_effects(CircuitRun(model, circuit, batch, units, sliced=sliced), units)
              for batch in prompts.batches(max(1, batch_size // len(units)))]
     return {edge: torch.cat([part[edge] for part in parts]) for edge in parts[0]}
+

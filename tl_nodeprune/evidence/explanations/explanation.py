@@ -12,6 +12,7 @@ import pandas as pd
 
 from tl_nodeprune.circuit import Metrics
 from tl_nodeprune.evidence.units import Unit
+from tl_nodeprune.nodes import figures
 
 STANDS_OUT = 0.1
 """Of the logit difference that separates the full model from the ablated one: what cutting a node must change, at least, to be named."""
@@ -134,7 +135,7 @@ class Explanation:
 
     def table(self) -> pd.DataFrame:
         """`to_frame` in words, figures to three digits."""
-        rows = [[node.name, figure(node.effect, sign=True), figure(node.kl, sign=True), share(node.direct, self.circuit.logit_diff),
+        rows = [[node.name, figures(node.effect, sign=True), figures(node.kl, sign=True), share(node.direct, self.circuit.logit_diff),
                  _work(node), " ".join(node.promotes[:3])] for node in self.nodes]
         return pd.DataFrame(rows, columns=["node", *FIGURES, "attends to, or neurons (effect)", "promotes"])
 
@@ -158,16 +159,6 @@ UNITS = ("effect: the logit difference (answer minus wrong answer) without the n
          "circuit's.")
 
 
-def figure(value: float, *, sign: bool = False) -> str:
-    """A number with three figures: 1.30, -0.0123, 1,234."""
-    if math.isnan(value):
-        return ""
-    if abs(value) < 0.0005:
-        return "0"
-    digits = min(max(0, 2 - math.floor(math.log10(abs(float(f"{value:.3g}"))))), 5)
-    return f"{value:+,.{digits}f}" if sign else f"{value:,.{digits}f}"
-
-
 def share(part: float, of: float) -> str:
     """A part as a share; empty where it is not known or there is nothing to have a share of."""
     return "" if math.isnan(part) or abs(of) < 1e-6 else f"{part / of:.0%}".replace("-0%", "0%")
@@ -180,7 +171,7 @@ def listed(words: Sequence[str]) -> str:
 
 def _work(node: NodeRole) -> str:
     if node.neurons:
-        return ", ".join(f"{neuron} ({figure(neuron.effect, sign=True)})" for neuron in node.neurons)
+        return ", ".join(f"{neuron} ({figures(neuron.effect, sign=True)})" for neuron in node.neurons)
     return "; ".join(f"{role} {part:.0%}" for role, part, _ in node.attention())
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evidence.explanations.attention_roles import by_role, even, roles_of
+from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun, adds_to_stream, output_hook
 from tl_nodeprune.evidence.explanations.explanation import NodeRole
-from tl_nodeprune.evidence.explanations.interventions import Interventions, adds_to_stream, output_hook
 from tl_nodeprune.evidence.explanations.readout import Readout, token_text, top_tokens, weighted
 from tl_nodeprune.evidence.explanations.top_neurons import top_neurons
 from tl_nodeprune.evidence.units import Unit
@@ -27,7 +27,7 @@ def describe(model: Any, circuit: Circuit, prompts: PromptPairs, nodes: Sequence
              ) -> tuple[list[NodeRole], list[str]]:
     """The nodes with all that can be seen of them, and in words what cannot."""
     units, notes = [node.unit for node in nodes], dict[str, None]()
-    parts = [_Batch(Interventions(model, circuit, batch, sliced=sliced), units, notes) for batch in prompts.batches(batch_size)]
+    parts = [_Batch(CircuitRun(model, circuit, batch, sliced=sliced), units, notes) for batch in prompts.batches(batch_size)]
     mlps = [unit for unit in units if unit.granularity == "mlp" and GateKey("mlp_neuron", unit.layer) in circuit.space.present][:MLPS]
     neurons = {unit: top_neurons(model, circuit, prompts, unit, batch_size=batch_size, sliced=sliced) for unit in mlps}
     return [replace(node, **_seen(model, node.unit, parts, prompts), neurons=neurons.get(node.unit, ())) for node in nodes], list(notes)
@@ -40,7 +40,7 @@ class _Batch:
     answer; promoted, [d_vocab], to all logits, summed over the prompts.
     """
 
-    def __init__(self, run: Interventions, units: Sequence[Unit], notes: dict[str, None]) -> None:
+    def __init__(self, run: CircuitRun, units: Sequence[Unit], notes: dict[str, None]) -> None:
         self.run, self.n = run, len(run.prompts)
         self.attention: dict[Unit, Tensor] = {}
         self.to_answer: dict[Unit, Tensor] = {}

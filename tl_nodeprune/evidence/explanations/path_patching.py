@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_nodeprune.evidence.explanations.interventions import Interventions, adds_to_stream, detached, output_hook
+from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun, adds_to_stream, detached, output_hook
 from tl_nodeprune.evidence.units import Unit
 from tl_nodeprune.nodes import GateKey, HookFn
 
@@ -17,7 +17,7 @@ Edge = tuple[Unit, Unit | None]
 """Sender and receiver; None: the logits."""
 
 
-def path_effects(run: Interventions, units: Sequence[Unit]) -> dict[Edge, Float[Tensor, "prompt"]]:
+def path_effects(run: CircuitRun, units: Sequence[Unit]) -> dict[Edge, Float[Tensor, "prompt"]]:
     """What cutting the path from one unit to another changes in the logit difference of the circuit, prompt by prompt.
 
     `effect(s -> r) = m(circuit, r computed as if s were cut) - m(circuit)`: the receiver r alone sees the sender's stand-in at all
@@ -41,7 +41,7 @@ def path_effects(run: Interventions, units: Sequence[Unit]) -> dict[Edge, Float[
     return found
 
 
-def _cut(run: Interventions, unit: Unit) -> Tensor:
+def _cut(run: CircuitRun, unit: Unit) -> Tensor:
     return run(without=[unit], keep={output_hook(unit): detached})[1][output_hook(unit)]
 
 
@@ -50,12 +50,12 @@ def _feeds(sender: Unit, receiver: Unit) -> bool:
                                              and receiver.granularity == "mlp")
 
 
-def _attention_is_seen(run: Interventions, mlp: Unit) -> bool:
+def _attention_is_seen(run: CircuitRun, mlp: Unit) -> bool:
     """Whether the attention before an MLP can be held as it is; where the block has another mixer in its place, it cannot."""
     return GateKey("attn", mlp.layer) in run.circuit.space.present
 
 
-def _patched(run: Interventions, senders: Sequence[Unit], receiver: Unit | None, changes: dict[Unit, Tensor]) -> Tensor:
+def _patched(run: CircuitRun, senders: Sequence[Unit], receiver: Unit | None, changes: dict[Unit, Tensor]) -> Tensor:
     """Logits of the circuit with one path cut, sender by sender."""
     n = len(senders)
     if receiver is None:

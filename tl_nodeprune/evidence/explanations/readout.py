@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_nodeprune.nodes import temporary_hooks
-from tl_nodeprune.prompts.checks import FILL
+from tl_nodeprune.prompts import FILL
 
 _SCALE = "ln_final.hook_scale"
 _CLOSE = 1e-2  # of the logits' spread: what the linear map may miss, with room for half precision

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tl_nodeprune.evidence.explanations.explanation import LEADS, STANDS_OUT, WHOLE_TASK, Explanation, NodeRole, figure, listed, share
+from tl_nodeprune.evidence.explanations.explanation import LEADS, STANDS_OUT, WHOLE_TASK, Explanation, NodeRole, listed, share
+from tl_nodeprune.nodes import figures
 
 _NAMED = 4  # nodes that a sentence names one by one
 
@@ -24,8 +25,8 @@ def does_the_task(found: Explanation) -> bool:
 
 def _whole(found: Explanation) -> str:
     prompts = f"{found.n_prompts:,} prompts" if found.n_prompts != 1 else "one prompt"
-    return (f"On {prompts} the circuit's logit difference, answer minus wrong answer, is {figure(found.circuit.logit_diff)} (full model "
-            f"{figure(found.full.logit_diff)}; with all of its nodes cut {figure(found.ablated.logit_diff)}).")
+    return (f"On {prompts} the circuit's logit difference, answer minus wrong answer, is {figures(found.circuit.logit_diff)} (full model "
+            f"{figures(found.full.logit_diff)}; with all of its nodes cut {figures(found.ablated.logit_diff)}).")
 
 
 def _carried(found: Explanation, named: list[NodeRole]) -> str:
@@ -33,7 +34,7 @@ def _carried(found: Explanation, named: list[NodeRole]) -> str:
     some = [f"{changes(node.effect, f'cutting {node.name}')}" for node in named[:_NAMED]]
     count = f"{_number(len(named))} of {n} kept heads and blocks stand" + "s" * (len(named) == 1)
     more = f"; {_number(len(named) - _NAMED)} more less so" if len(named) > _NAMED else ""
-    left = f", and each other one changes it by {figure(float(rest.max()))} at most" if len(rest) else ""
+    left = f", and each other one changes it by {figures(float(rest.max()))} at most" if len(rest) else ""
     return f"{count} out: {'; '.join(some)}{more}{left}"
 
 
@@ -42,9 +43,9 @@ def _nothing(found: Explanation) -> str:
     span = abs(found.full.logit_diff - found.ablated.logit_diff)
     if not does_the_task(found):
         return ("That is less than half of what separates the full model from the ablated one, so the circuit does not do the task here, "
-                f"and no node stands out as a part of it (the largest effect of one is {figure(most)}).")
-    return (f"No node stands out: cutting any one of its {len(found.effects)} heads and blocks changes that by {figure(most)} at most; to "
-            f"be named, a node must change it by {figure(STANDS_OUT * span)}, and surely so.")
+                f"and no node stands out as a part of it (the largest effect of one is {figures(most)}).")
+    return (f"No node stands out: cutting any one of its {len(found.effects)} heads and blocks changes that by {figures(most)} at most; to "
+            f"be named, a node must change it by {figures(STANDS_OUT * span)}, and surely so.")
 
 
 def _strongest(found: Explanation, node: NodeRole) -> str:
@@ -56,8 +57,8 @@ def _strongest(found: Explanation, node: NodeRole) -> str:
     if node.neurons:
         parts.append(f"works most through its neurons {listed([str(neuron) for neuron in node.neurons])}")
     if node.promotes:
-        parts.append(f"by itself {_aim(node)}: its output adds {figure(node.to_answer, sign=True)} to the logit of the answer and "
-                     f"{figure(node.to_wrong, sign=True)} to that of the wrong answer"
+        parts.append(f"by itself {_aim(node)}: its output adds {figures(node.to_answer, sign=True)} to the logit of the answer and "
+                     f"{figures(node.to_wrong, sign=True)} to that of the wrong answer"
                      + (f", {part} of the circuit's logit difference" if (part := share(node.direct, found.circuit.logit_diff)) else ""))
     if not parts:
         return f"What {node.name} attends to or writes cannot be shown in this model."
@@ -67,10 +68,10 @@ def _strongest(found: Explanation, node: NodeRole) -> str:
 def _fed(found: Explanation, node: NodeRole) -> str:
     span = abs(found.full.logit_diff - found.ablated.logit_diff)
     strong = found.edges[found.edges["effect"].abs() >= LEADS * span]
-    into = [f"{row.sender} ({figure(row.effect, sign=True)})" for row in strong[strong["receiver"] == node.name].head(3).itertuples()]
-    out = [f"{row.receiver} ({figure(row.effect, sign=True)})" for row in strong[strong["sender"] == node.name].head(3).itertuples()]
+    into = [f"{row.sender} ({figures(row.effect, sign=True)})" for row in strong[strong["receiver"] == node.name].head(3).itertuples()]
+    out = [f"{row.receiver} ({figures(row.effect, sign=True)})" for row in strong[strong["sender"] == node.name].head(3).itertuples()]
     if not into and not out:
-        return f"No path into or out of {node.name} among the nodes below changes the logit difference by {figure(LEADS * span)} or more."
+        return f"No path into or out of {node.name} among the nodes below changes the logit difference by {figures(LEADS * span)} or more."
     read = f"It reads {listed(into)}" if into else "None of the nodes below feeds it strongly"
     goes = f"its output works through {listed(out)}" if out else "no single path out of it is strong"
     return f"{read}; {goes}: in brackets, what cutting that one path changes in the logit difference."
@@ -78,7 +79,7 @@ def _fed(found: Explanation, node: NodeRole) -> str:
 
 def changes(effect: float, what: str) -> str:
     """As "cutting head 4.4 lowers it by 11.0"."""
-    return f"{what} {'lowers' if effect < 0 else 'raises'} it by {figure(abs(effect))}"
+    return f"{what} {'lowers' if effect < 0 else 'raises'} it by {figures(abs(effect))}"
 
 
 def _aim(node: NodeRole) -> str:

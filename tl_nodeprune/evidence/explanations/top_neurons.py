@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_nodeprune.circuit import Circuit
+from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun, adds_to_stream, output_hook
 from tl_nodeprune.evidence.explanations.explanation import Neuron
-from tl_nodeprune.evidence.explanations.interventions import Interventions, adds_to_stream, output_hook
 from tl_nodeprune.evidence.explanations.readout import Readout, prompt_text, token_text, top_tokens
 from tl_nodeprune.evidence.units import Unit
 from tl_nodeprune.masks import Ablation
@@ -29,7 +29,7 @@ def top_neurons(model: Any, circuit: Circuit, prompts: PromptPairs, mlp: Unit, *
     A neuron that is cut takes its stand-in; where neurons are not gated, that of the circuit's ablation if it is interchange, else 0.
     """
     batches = list(prompts.batches(max(1, batch_size // MOST)))
-    runs = [Interventions(model, circuit, batch, [mlp], sliced=sliced) for batch in batches]
+    runs = [CircuitRun(model, circuit, batch, [mlp], sliced=sliced) for batch in batches]
     total = torch.stack([_first_order(run, mlp) for run in runs]).sum(0)
     key = GateKey("mlp_neuron", mlp.layer)
     kept = circuit.live(*key) if key in circuit.space.shapes else torch.ones(len(total), dtype=torch.bool)
@@ -60,14 +60,14 @@ def _hook(mlp: Unit) -> str:
     return f"blocks.{mlp.layer}.mlp.hook_post"
 
 
-def _stand_in(run: Interventions, hook: str) -> Tensor:
+def _stand_in(run: CircuitRun, hook: str) -> Tensor:
     if hook in run.hooks:
         return run.stand_in(hook)
     ablation = Ablation("interchange" if run.circuit.ablation.name == "interchange" else "zero")
     return ablation.values(run.model, run.prompts, [hook])[hook]
 
 
-def _first_order(run: Interventions, mlp: Unit) -> Float[Tensor, "d_mlp"]:
+def _first_order(run: CircuitRun, mlp: Unit) -> Float[Tensor, "d_mlp"]:
     """What cutting each neuron changes, first order, summed over prompts: `-sum over positions of gradient * (activation - stand-in)`."""
     held: list[Tensor] = []
 
@@ -82,7 +82,7 @@ def _first_order(run: Interventions, mlp: Unit) -> Float[Tensor, "d_mlp"]:
     return -(grad * change).float().flatten(0, 1).sum(0).cpu()
 
 
-def _looked_at(run: Interventions, mlp: Unit, neurons: Int[Tensor, "neuron"]) -> _Look:
+def _looked_at(run: CircuitRun, mlp: Unit, neurons: Int[Tensor, "neuron"]) -> _Look:
     n, k, hook, out = len(run.prompts), len(neurons), _hook(mlp), output_hook(mlp)
     last = f"blocks.{run.circuit.space.n_layers - 1}.hook_resid_post"
     at, real = positions(run.prompts).cpu(), run.prompts.attention_mask.cpu()  # type: ignore[union-attr]

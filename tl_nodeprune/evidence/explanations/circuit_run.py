@@ -17,7 +17,7 @@ from tl_nodeprune.prompts import PromptPairs, positions
 Keep = Callable[[Tensor], Tensor]
 
 
-class Interventions:
+class CircuitRun:
     """A circuit on a batch of prompts; calling it is one forward.
 
     cuts: the units that may be cut from it. Stand-ins are held at the hook points of these and of what the circuit prunes, and nowhere
