@@ -144,6 +144,8 @@ def test_one_prompt_claims_no_interval_and_one_batch_is_as_many(toy: Toy) -> Non
     one = tlnp.explain(model, full(model), prompts[:1], nodes=2)
     assert all(math.isnan(end) for end in one.nodes[0].interval) and "On one prompt" in one.text
     circuit = full(model, ("head", "mlp_neuron"))
+    twice = tlnp.explain(model, full(model), prompts[[0, 0]], nodes=2)  # the same prompt again is no second one
+    assert all(math.isnan(end) for end in twice.nodes[0].interval)
     whole, parts = (tlnp.explain(model, circuit, prompts[:6], nodes=4, batch_size=size) for size in (64, 4))
     for name in ("effect", "kl", "direct"):
         assert whole.to_frame()[name].tolist() == pytest.approx(parts.to_frame()[name].tolist(), abs=1e-3)

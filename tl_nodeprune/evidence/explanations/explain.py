@@ -56,7 +56,8 @@ def explain(model: Any, circuit: Circuit, prompts: PromptPairs, *, nodes: int = 
             raise ValueError("the circuit is empty: it keeps no node, so there is nothing to explain.")
         units = [unit for unit in units_of(circuit.space) if unit.kept(circuit)]
         full, itself, ablated, without = _cut_all(model, circuit, prompts, units, batch_size)
-        measured = sorted(_measured(units, itself, without, _span(full, ablated)), key=lambda node: -abs(node.effect))
+        different = int(prompts.distinct().max()) + 1
+        measured = sorted(_measured(units, itself, without, _span(full, ablated), different), key=lambda node: -abs(node.effect))
         sliced = can_slice(model, prompts.clean, positions(prompts))
         shown, notes = describe(model, circuit, prompts, measured[:nodes], batch_size=batch_size, sliced=sliced)
         paths = _paths(model, circuit, prompts[:PATHS], [node.unit for node in shown], batch_size, sliced)
@@ -79,9 +80,10 @@ def _cut_all(model: Any, circuit: Circuit, prompts: PromptPairs, units: Sequence
     return [runs.full, *found.split(1, 1, len(units))]
 
 
-def _measured(units: Sequence[Unit], itself: PromptMetrics, without: PromptMetrics, span: float) -> list[NodeRole]:
+def _measured(units: Sequence[Unit], itself: PromptMetrics, without: PromptMetrics, span: float, n: int) -> list[NodeRole]:
+    """The units with their effects. n: how many different prompts there are, which the interval is over."""
     changes, kl = without.logit_diff - itself.logit_diff, (without.kl - itself.kl).mean(1)
-    effects, n = changes.mean(1), changes.shape[1]
+    effects = changes.mean(1)
     error = 1.96 * changes.std(1) / math.sqrt(n) if n > 1 else torch.full_like(effects, math.nan)
     rows = zip(units, effects.tolist(), error.tolist(), kl.tolist(), strict=True)
     return [NodeRole(unit, effect, (effect - half, effect + half), rise, abs(effect) >= STANDS_OUT * span and not abs(effect) <= half)
