@@ -47,7 +47,7 @@ def prune(
     held_out: prompts to judge by that are never searched on; None: a quarter of `prompts` at random, 8 different ones at least where there
         are 24. From fewer the result says that the budget is untested.
     start: a circuit to better, in place of the run's own cut, where it is within the budget and smaller.
-    steps: of the training that orders all nodes; None: 265 for 5,000 nodes, 900 for 80,000, 48 at least. step_prompts: prompts per step,
+    steps: of the training that orders all nodes; None: 260 for 5,000 nodes, 640 for 80,000, 48 at least. step_prompts: prompts per step,
         drawn at random; None: 32, for fewer than 1,000 nodes 16, on CUDA 64. The cost of a step does not grow with the number of prompts.
     exact_tests: with max_kl or max_loss, leaf nodes whose removal is tried exactly at the end, the likeliest first. Heads and blocks
         above them are tested too, unless the first prompts rule them out by far.
