@@ -1,4 +1,4 @@
-"""What a search moves over: losses and gradients of circuits, given as flat vectors of gates, against the full model computed once."""
+"""Losses and gradients of many circuits at once, given as flat vectors of gates, soft or 0/1: what a search lowers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Mechanistic Interpretability Benchmark's measures of node scores, CPR and CMD (arXiv:2504.13151), and its file format."""
+"""The Mechanistic Interpretability Benchmark's measures of node scores, CPR and CMD (arXiv:2504.13151)."""
 
 from __future__ import annotations
 

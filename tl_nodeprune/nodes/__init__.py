@@ -1,14 +1,14 @@
 """What a model has, and how to reach into it: this package alone knows what a hook point is.
 
-space         the nodes: granularities, hook points, shapes, what lies below what, what is live
-parameters    how many weights live nodes need
-probe         finds a model's nodes by one forward, and says whether the model can be used
-architecture  the probe of one layer: which of its hook points do what closing a node means
-hooks         what a hook does: keep an activation, mix in a stand-in, apply a mask, cut to the answer positions
-attachment    puts hooks on a model and takes them off again, whatever happens in between
-scope         a `with` block that ends even where an interrupt strikes
-checks        arguments of a wrong type or value, named in words
-figures       numbers as they are printed
+space          the nodes: granularities, hook points, shapes, what lies below what, what is live
+parameters     how many weights live nodes need
+probe          finds a model's nodes by one forward, and says whether the model can be used
+architecture   the probe of one layer: which of its hook points do what closing a node means
+hooks          what a hook does: keep an activation, mix in a stand-in, apply a mask, cut to the answer positions
+attachment     puts hooks on a model and takes them off again, whatever happens in between
+scope          a `with` block that ends even where an interrupt strikes
+checks         arguments of a wrong type or value, named in words
+three_figures  numbers as they are printed
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from tl_nodeprune.nodes.checks import (
     check_types,
     reraise_memory,
 )
-from tl_nodeprune.nodes.figures import Figured, figures
 from tl_nodeprune.nodes.hooks import answer_logits, capture, capture_nodes, mask_hooks
 from tl_nodeprune.nodes.parameters import count_parameters
 from tl_nodeprune.nodes.probe import can_slice, check_causal, check_ready, device_of, find_nodes, model_name, peak_memory, rounding
@@ -51,6 +50,7 @@ from tl_nodeprune.nodes.space import (
     settle,
     spread,
 )
+from tl_nodeprune.nodes.three_figures import Figured, figures
 
 __all__ = [
     "GRANULARITIES", "HOOKS", "PARENTS", "Attachment", "Exit", "Figured", "GateKey", "Gates", "HookFn", "NodeSpace", "Scope", "Scoped",

@@ -1,4 +1,4 @@
-"""Which hook points of a model's blocks are nodes: found by changing them in one forward, not by a list of models."""
+"""Whether a hook point is a node, in any architecture: told by changing it in one forward, for `find_nodes`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What hooks do: capturing, mixing, masking, slicing."""
+"""What the functions at hook points do: capture, mix by a mask, cut out the answer positions (`attachment` puts them on a model)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is like: its nodes, found by one probe forward, its device, and whether two forwards of it agree."""
+"""`find_nodes`: the nodes of a model; and what else is asked of a model: its device, its memory, whether two forwards agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for the length of one `with` block, however the block ends: also where an interrupt strikes in the middle of its end."""
+"""A context manager that survives an interrupt at any line: what it sets holds for its `with` block and no longer."""
 
 from __future__ import annotations
 

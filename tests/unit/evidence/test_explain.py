@@ -16,9 +16,9 @@ import tl_nodeprune as tlnp
 from tl_nodeprune.evidence.explanations.attention_roles import by_role, even, roles_of
 from tl_nodeprune.evidence.explanations.circuit_run import CircuitRun
 from tl_nodeprune.evidence.explanations.readout import Readout, token_text, weighted
-from tl_nodeprune.nodes.figures import figures
 from tl_nodeprune.nodes.hooks import capture
 from tl_nodeprune.nodes.probe import find_nodes
+from tl_nodeprune.nodes.three_figures import figures
 
 Toy = tuple[Any, tlnp.PromptPairs]
 COARSE = ("head", "mlp")
