@@ -159,6 +159,13 @@ def test_the_picture_of_the_packages_is_that_of_the_code() -> None:
     assert all(order.index(upper) < order.index(lower) for upper, lower in make["imports"]())
 
 
+def test_the_plots_show_what_the_results_page_says() -> None:
+    make = runpy.run_path(str(ROOT / "docs" / "figures" / "frontier.py"))
+    for target, drawing in ((make["SMOLLM2"], make["smollm2_svg"]()), (make["STORIES"], make["stories_svg"]())):
+        ElementTree.fromstring(drawing)
+        assert drawing == target.read_text(encoding="utf-8"), "the tables have changed: run python docs/figures/frontier.py"
+
+
 def test_docstrings_become_lists() -> None:
     pytest.importorskip("griffe", reason="griffe is not installed; it comes with the docs extra")
     as_markdown = runpy.run_path(str(ROOT / "docs" / "tools" / "docstrings.py"))["as_markdown"]
