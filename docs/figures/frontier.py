@@ -102,7 +102,8 @@ def smollm2_svg() -> str:
     both = [f"{across:g} %: {low:g}, {middle:g}, {high:g}" for (across, low), (_, middle), (_, high) in
             zip(ours, gradients, matryoshka, strict=True)]
     return svg(544, 436, "SmolLM2-135M, IOI: size against KL",
-               "KL in nats by share of leaf nodes kept, of tl_nodeprune, integrated gradients, Matryoshka Attribution. " + "; ".join(both), parts)
+               "KL in nats by share of leaf nodes kept: tl_nodeprune, integrated gradients, Matryoshka Attribution. " + "; ".join(both),
+               parts)
 
 
 def stories() -> dict[str, dict[str, tuple[float, float]]]:
