@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pkgutil
 import re
@@ -166,12 +167,20 @@ def test_the_plots_show_what_the_results_page_says() -> None:
         assert drawing == target.read_text(encoding="utf-8"), "the tables have changed: run python docs/figures/frontier.py"
 
 
+@pytest.mark.parametrize("function", [tlnp.prune, tlnp.rank, tlnp.sweep, tlnp.estimate, tlnp.report, tlnp.evaluate, tlnp.add_node_masks],
+                         ids=lambda function: function.__name__)
+def test_every_argument_has_a_line_of_its_own(function: Any) -> None:
+    described = re.findall(r"^    (\w+): ", function.__doc__, re.MULTILINE)
+    assert set(inspect.signature(function).parameters) <= set(described)
+
+
 def test_docstrings_become_lists() -> None:
     pytest.importorskip("griffe", reason="griffe is not installed; it comes with the docs extra")
     as_markdown = runpy.run_path(str(ROOT / "docs" / "tools" / "docstrings.py"))["as_markdown"]
     text = "What it does.\n\nsteps: at\n    most. seed: of draws. note: no name.\n\nRaises: ValueError.\n\nmore\nlines: here."
     want = "What it does.\n\n\n- `steps`: at most.\n- `seed`: of draws. note: no name.\n\n**Raises** ValueError.\n\nmore lines: here."
     assert as_markdown(text, {"steps", "seed"}) == want
+    assert as_markdown(text, {"steps": " (`int`)", "seed": ""}) == want.replace("`steps`", "`steps` (`int`)")
 
 
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
