@@ -15,7 +15,7 @@ shell.end_quietly_while_starting("tl-nodeprune", __name__)  # before the imports
 # ruff: noqa: E402
 from tl_nodeprune import mib, toy, viz
 from tl_nodeprune.circuit import About, Circuit, Evaluation, NodeScores, evaluate, set_to, to_circuit
-from tl_nodeprune.evidence import Comparison, Report, compare, crosscheck, hypotheses, known, report
+from tl_nodeprune.evidence import Comparison, Explanation, Report, compare, crosscheck, explain, hypotheses, known, report
 from tl_nodeprune.masks import Ablation, HardConcrete, NodeMasks, add_node_masks, kl_divergence, remove_node_masks
 from tl_nodeprune.masks import Step as StepGate
 from tl_nodeprune.nodes import GRANULARITIES
@@ -24,10 +24,10 @@ from tl_nodeprune.search import Estimate, PaperObjective, PruneResult, Sweep, es
 
 __version__ = "0.1.0"
 __all__ = [
-    "GRANULARITIES", "About", "Ablation", "Circuit", "Comparison", "Estimate", "Evaluation", "HardConcrete", "NodeMasks", "NodeScores",
-    "PaperObjective", "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "compare", "crosscheck", "estimate",
-    "evaluate", "hypotheses", "kl_divergence", "known", "mib", "prune", "rank", "remove_node_masks", "report", "sweep", "tasks", "toy",
-    "viz",
+    "GRANULARITIES", "About", "Ablation", "Circuit", "Comparison", "Estimate", "Evaluation", "Explanation", "HardConcrete", "NodeMasks",
+    "NodeScores", "PaperObjective", "PromptPairs", "PruneResult", "Report", "StepGate", "Sweep", "add_node_masks", "compare", "crosscheck",
+    "estimate", "evaluate", "explain", "hypotheses", "kl_divergence", "known", "mib", "prune", "rank", "remove_node_masks", "report",
+    "sweep", "tasks", "toy", "viz",
 ]
 
 

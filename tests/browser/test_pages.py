@@ -291,12 +291,12 @@ def test_a_page_of_the_command(driver: Any, circuit: tlnp.Circuit, tmp_path: Pat
         pytest.skip("there is no out/demo.html; `make demo` makes it")
     open_page(driver, page)
     figures = driver.find_elements("css selector", ".js-plotly-plot")
-    assert len(figures) == 6 + 2 * (command == "demo")  # the search's history is the demo's
+    assert len(figures) == 7 + 2 * (command == "demo")  # the search's history is the demo's
     for figure in figures:
         assert wait(driver, lambda _, figure=figure: figure.find_element("css selector", ".gtitle").text)
         assert share_near(driver, figure, (255, 255, 255)) < 0.995  # there is more than a title
     views = wait(driver, lambda d: d.find_elements("css selector", "section.view"))
-    assert len(views) == 3 and all(wait(driver, lambda _, view=view: "<s>" in view.text) for view in views)
+    assert len(views) == 4 and all(wait(driver, lambda _, view=view: "<s>" in view.text) for view in views)
     table = driver.find_elements("css selector", "section.table")[-1]
     in_view(driver, table.find_element("css selector", "input")).send_keys("mlp_neuron 1.")
     names = [cell.text for cell in table.find_elements("css selector", "tbody td:first-child")]

@@ -16,6 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tl_nodeprune as tlnp
+from tl_nodeprune.nodes import find_nodes
 
 TASKS = ("ioi0", "ioi4", "ioi6", "pronoun_name", "pronoun_gender_noun", "subject_tracking")
 N_LEAVES = 5376  # stories3M: 6 layers of 192 attention, 512 MLP and 192 output neurons
@@ -124,3 +125,14 @@ def test_tasks_find_words_of_one_token_where_a_space_is_put_before_every_text() 
     assert len(prompts.correct(model)) > 10 and len(tlnp.tasks.gendered_pronoun(model, n=20, seed=0).correct(model)) == 20
     with pytest.raises(ValueError, match="greater_than needs a tokenizer that splits"):
         tlnp.tasks.greater_than(model, n=2, seed=0)
+
+
+def test_one_head_that_looks_at_the_repeated_name_and_one_mlp_carry_ioi(stories3m: Any) -> None:
+    """Head 4.4 attends to the second occurrence of the name that is not the answer, and lowers its logit."""
+    prompts = task("stories3M", "ioi0").correct(stories3m)[:16]
+    found = tlnp.explain(stories3m, tlnp.Circuit.full(find_nodes(stories3m).restrict(("head", "mlp"))), prompts, nodes=3)
+    head, mlp = found.nodes[:2]
+    assert (head.name, mlp.name) == ("head 4.4", "MLP 5") and head.effect < -10 and head.stands_out and mlp.stands_out
+    assert head.attention()[0][0] == "the wrong answer (second time)" and head.to_wrong < -2 < head.to_answer
+    assert found.edges.iloc[:2]["sender"].tolist() == ["head 4.4", "head 4.4"]
+    assert "cutting head 4.4 lowers it by" in found.text and "mostly lowers the wrong answer's logit" in found.text

@@ -38,7 +38,7 @@ CLASSES = (tlnp.Ablation, tlnp.Circuit, tlnp.HardConcrete, tlnp.NodeMasks, tlnp.
            tlnp.known.KnownCircuit)
 # what the library itself makes, and what is called by it alone, each step
 NOT_CALLED_BY_USERS = {
-    *("Comparison", "Estimate", "Evaluation", "PruneResult", "Report", "Sweep"),
+    *("Comparison", "Estimate", "Evaluation", "Explanation", "PruneResult", "Report", "Sweep"),
     *("crosscheck.Agreement", "crosscheck.Effects", "crosscheck.NodeScore",
       "crosscheck.GranularityAgreement", "hypotheses.HypothesisTest", "mib.FaithfulnessCurve"),
     *(f"{gate}.{name}" for gate in ("HardConcrete", "StepGate") for name in ("value", "sample", "probability", "kept")),
@@ -83,6 +83,7 @@ class World:
     sweep: tlnp.Sweep
     report: tlnp.Report
     agreement: Any
+    explanation: tlnp.Explanation
     other: Any
     folder: Path
 
@@ -112,7 +113,7 @@ def world(toy: Any, other_model: Any, tmp_path_factory: pytest.TempPathFactory) 
     (folder / "prompts.jsonl").write_text(json.dumps(row))
     sweep = tlnp.Sweep((SweepRun(0.05, 0, result, report.evaluation),))
     yield World(model, some, masks, result, circuit, result.scores, effects, sweep, report,  # type: ignore[arg-type]
-                tlnp.crosscheck.agreement(circuit, effects), other_model, folder)
+                tlnp.crosscheck.agreement(circuit, effects), tlnp.explain(model, circuit, some, nodes=2), other_model, folder)
     masks.remove()
 
 
@@ -228,6 +229,7 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "crosscheck.agreement": lambda w: (tlnp.crosscheck.agreement, {"circuit": w.circuit, "scores": w.effects}),
     "estimate": lambda w: (tlnp.estimate, {"model": w.model, "prompts": w.prompts, "granularities": ["mlp"]}),
     "evaluate": lambda w: (tlnp.evaluate, {"model": w.model, "circuit": w.circuit, "prompts": w.prompts}),
+    "explain": lambda w: (tlnp.explain, {"model": w.model, "circuit": w.circuit, "prompts": w.prompts, "nodes": 1}),
     "hypotheses.equivalence": lambda w: (tlnp.hypotheses.equivalence, {"circuit": w.logits[0, :30], "full": w.logits[1, :30]}),
     "hypotheses.independence": lambda w: (tlnp.hypotheses.independence, {"complement": w.logits[0, :30], "full": w.logits[1, :30]}),
     "hypotheses.minimality": lambda w: (tlnp.hypotheses.minimality,
@@ -255,8 +257,11 @@ CALLS: dict[str, Callable[[World], tuple[Callable[..., Any], dict[str, Any]]]] =
     "tasks.make": lambda w: (tlnp.tasks.make, {"task": "ioi", "model": w.model, "n": 2, "seed": 0}),
     "toy.load": lambda w: (tlnp.toy.load, {"task": "ioi", "n": 2}),
     "viz.agreement": lambda w: (tlnp.viz.agreement, {"circuit": w.circuit, "effects": w.effects}),
+    "viz.answer_attention": lambda w: (tlnp.viz.answer_attention, {"model": w.model, "circuit": w.circuit, "prompts": w.prompts,
+                                                                  "head": (0, 0), "most": 2}),
     "viz.circuit_graph": lambda w: (tlnp.viz.circuit_graph, {"circuit": w.circuit}),
     "viz.compare": lambda w: (tlnp.viz.compare, {"circuit_a": w.circuit, "circuit_b": ~w.circuit}),
+    "viz.explanation": lambda w: (tlnp.viz.explanation, {"found": w.explanation, "edges": 2}),
     "viz.frontier": lambda w: (lambda **kwargs: tlnp.viz.frontier(w.result, **kwargs), {"names": ["a"]}),
     "viz.history": lambda w: (tlnp.viz.history, {"result": w.result}),
     "viz.kept_heads": lambda w: (tlnp.viz.kept_heads, neurons(w, tlnp.Circuit.full, "head")),
@@ -297,8 +302,8 @@ def at_least_0(value: Any) -> bool:
 
 # which numbers are right, by argument
 NUMBERS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("batch_size", "n", "n_random", "n_subsets", "max_units", "most", "permutations", "steps", "step_prompts",
-                     "n_layers"), whole(1)),
+    **dict.fromkeys(("batch_size", "n", "nodes", "edges", "n_random", "n_subsets", "max_units", "most", "permutations", "steps",
+                     "step_prompts", "n_layers"), whole(1)),
     **dict.fromkeys(("exact_tests", "cache_bytes", "ties"), at_least_0),
     **dict.fromkeys(("alpha", "quantile"), share), **dict.fromkeys(("max_kl", "time_limit", "beta", "width", "max_loss"), positive),
     **dict.fromkeys(("lr", "lr_end", "warmup", "weight_decay", "max_grad_norm"), at_least_0),
@@ -309,7 +314,7 @@ NUMBERS: dict[str, Callable[[Any], bool]] = {
     "max_nodes": lambda v: v in (1, 2, 3), "size": lambda v: v in (0, 1, 2, 3, 1.0, 0.0), "gamma": lambda v: -math.inf < v < 0,
     "zeta": lambda v: v == 1.1, "open_score": lambda v: 2.5 <= v < math.inf, "closed_score": lambda v: -math.inf < v <= -3,
 }
-ANY_TEXT = ("task", "title", "path", "device", "checkpoint", "source", "notes", "budget", "loss", "model_name")
+ANY_TEXT = ("task", "command", "title", "path", "device", "checkpoint", "source", "notes", "budget", "loss", "model_name")
 # words that are right, where not any text is
 WORDS = {"granularity": ("head", "mlp_neuron"), "granularities": HEADS, "ablation": ("interchange", "mean", "zero", "optimal"),
          "name": (), "hook": (),
@@ -330,7 +335,7 @@ RIGHT: dict[tuple[str, str], tuple[str, ...]] = {
     ("PromptPairs.check_fits", "name"): ("'x'", "''"),
  ("Sweep.consensus", "share"): ("1",), ("crosscheck.agreement", "share"): ("1",),
     ("mib.area", "sizes"): ("[1.5, 0.5]", "numpy [2]", "[1, 1]"), ("mib.area", "values"): ("[1.5, 0.5]", "numpy [2]", "[1, 1]"),
-    ("viz.compare", "names"): ("['x', 'y']",),
+    ("viz.compare", "names"): ("['x', 'y']",), ("viz.answer_attention", "head"): ("[1, 1]",),
 }
 WRONG_TASK = ("tasks.make", "toy.load")
 

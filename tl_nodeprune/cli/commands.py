@@ -17,14 +17,15 @@ import torch
 from tl_nodeprune.circuit import Circuit, NodeScores, evaluate, files
 from tl_nodeprune.cli.inputs import add_model_and_task, check_page, check_source, inputs_of, make_folder, model_of, prompts_of
 from tl_nodeprune.cli.output import print_table
-from tl_nodeprune.evidence import compare, report
+from tl_nodeprune.evidence import compare, explain, report
 from tl_nodeprune.masks import as_ablation
 from tl_nodeprune.mib import write as write_mib
 from tl_nodeprune.nodes import GRANULARITIES, GateKey, check_counts, check_granularities, find_nodes, node_name
 from tl_nodeprune.search import rank
 
 _SHOWN = 20  # nodes of a ranking that are printed
-_FORMATS = {"evaluate": (".json",), "report": (".md", ".csv"), "rank": (".csv", ".json", ".pt"), "compare": (".csv",)}
+_FORMATS = {"evaluate": (".json",), "explain": (".txt", ".csv"), "report": (".md", ".csv"), "rank": (".csv", ".json", ".pt"),
+            "compare": (".csv",)}
 
 
 def add(commands: Any) -> None:
@@ -37,13 +38,17 @@ def add(commands: Any) -> None:
     evidence.add_argument("circuit", help="a circuit.safetensors that `prune` or Circuit.save wrote")
     evidence.add_argument("--n-random", type=int, default=100, help="random circuits of its size (default: %(default)s)")
     evidence.add_argument("--max-units", type=int, default=64, help="heads and blocks taken out one at a time (default: %(default)s)")
+    meaning = _add(commands, "explain", _explain, "what a saved circuit does, in three sentences and ten nodes",
+                   "file for the explanation, .txt or .csv")
+    meaning.add_argument("circuit", help="a circuit.safetensors that `prune` or Circuit.save wrote")
+    meaning.add_argument("--nodes", type=int, default=10, help="heads and blocks shown (default: %(default)s)")
     ranking = _add(commands, "rank", _rank, "a score for every node, without a budget",
                    "file for all scores: .csv, or .json or .pt as the MIB board reads them")
     ranking.add_argument("--ablation", default="interchange", help="interchange, mean or zero (default: %(default)s)")
     ranking.add_argument("--granularities", nargs="+", metavar="G", help=f"some of {', '.join(GRANULARITIES)} (default: all)")
     ranking.add_argument("--layers", nargs="+", type=int, metavar="L", help="which to rank in (default: all)")
     ranking.add_argument("--steps", type=int, help="of the search (default: more for more nodes)")
-    for parser in (judge, evidence, ranking):
+    for parser in (judge, evidence, meaning, ranking):
         parser.add_argument("--batch-size", type=int, default=64, help="prompts per forward (default: %(default)s)")
         add_model_and_task(parser, seed=1 if parser is not ranking else 0, prompts=200 if parser is ranking else 64,
                            seed_of="the named tasks' prompts and what is drawn at random")
@@ -116,6 +121,15 @@ def _report(args: argparse.Namespace) -> None:
     _save(args, found.to_frame().to_csv() if args.out is not None and args.out.suffix == ".csv" else found.to_markdown())
     print(found)
     print_table(found.to_frame().drop(columns="passed").reset_index())
+    _say(args)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    check_counts(nodes=args.nodes)
+    circuit, model, prompts = _read(args)
+    found = explain(model, circuit, prompts, nodes=args.nodes, batch_size=args.batch_size)
+    _save(args, found.to_frame().to_csv(index=False) if args.out is not None and args.out.suffix == ".csv" else f"{found}\n")
+    print(found)
     _say(args)
 
 

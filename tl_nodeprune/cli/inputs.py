@@ -71,6 +71,8 @@ def check_source(args: argparse.Namespace, least: int = 1) -> None:
     """What can be wrong with the prompts and the device before there is a model."""
     check_counts(least, **{"--prompts": args.prompts})
     check_seed(args.seed)
+    if args.device_map is not None and args.device != "cpu":
+        raise ValueError(f"--device-map {args.device_map!r} goes without --device; it says where each part of the model is.")
     check_device("--device", args.device)
     if args.task not in tasks.ROWS:
         if not Path(args.task).is_file():
@@ -98,8 +100,6 @@ def load_model(name: str, device: str, dtype: str = "float32", *, trust_remote_c
     """A model by its Hugging Face name or folder, or the embedded one for "toy". Raises ValueError for a device that cannot be used, and a
     model that cannot be loaded."""
     check_device("--device", device)
-    if device_map is not None and device != "cpu":
-        raise ValueError(f"--device-map {device_map!r} goes without --device; it says where each part of the model is.")
     if name == "toy" and (device_map or revision):
         raise ValueError("the embedded model 'toy' has no --revision and is on one --device; leave out --device-map and --revision.")
     if name == "toy":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> None:
     args = _parser().parse_args(argv)
+    args.line = shlex.join(["tl-nodeprune", *(sys.argv[1:] if argv is None else argv)])
     for name in ("model", "task", "circuit", "html", "out", "checkpoint", "device_map", "revision"):
         if getattr(args, name, None) == "":
             raise ValueError(f"{'' if name == 'circuit' else '--'}{name.replace('_', '-')} is ''; give a name.")
@@ -115,7 +118,7 @@ def _demo(args: argparse.Namespace) -> None:
     train, test = prompts.split(0.75, seed=0)
     result, why = _find(model, train, test, max_kl=_MAX_KL)
     report = evaluate(model, result.circuit, test)
-    _write_page(args.html, model, result, test, args.task)
+    _write_page(args.html, model, result, test, args.task, command=args.line)
     show(result, report, why, f"within {_MAX_KL} nats there")
     _say_page(args.html)
 
@@ -140,17 +143,17 @@ def _show_page(args: argparse.Namespace) -> None:
     circuit.check_fits(model)
     prompts = prompts_of(args, model)
     make_folder("--html", args.html.parent)
-    _write_page(args.html, model, circuit, prompts, Path(args.task).stem, effects=not args.no_effects,
+    _write_page(args.html, model, circuit, prompts, Path(args.task).stem, effects=not args.no_effects, command=args.line,
                 note="Prompts that the circuit was searched on flatter it. The page that `tl-nodeprune prune --html` writes is on others.")
     _say_page(args.html)
 
 
 def _write_page(path: Path, model: Any, circuit: Circuit | PruneResult, prompts: PromptPairs, task: str, *, effects: bool = True,
-                note: str = "") -> None:
+                note: str = "", command: str = "") -> None:
     gated = (circuit.circuit if isinstance(circuit, PruneResult) else circuit).space.granularities
     some = prompts[:_PATCHED]
     found = activation_patching(model, some) if effects and some.has_corrupted and any(name in gated for name in COARSE) else None
-    summary, *figures = overview(model, circuit, prompts, task=task, effects=found)
+    summary, *figures = overview(model, circuit, prompts, task=task, effects=found, command=command)
     save_html(path, summary, *[note] * bool(note), *figures, title=f"Circuit: {task}")
 
 
@@ -176,7 +179,7 @@ def _prune(args: argparse.Namespace) -> None:
     met = f"within {max_kl} nats there" if max_kl is not None else f"of at most {args.max_nodes} nodes; no KL was asked for"
     try:
         if args.html:
-            _write_page(args.html, model, result, test, Path(args.task).stem)
+            _write_page(args.html, model, result, test, Path(args.task).stem, command=args.line)
     finally:
         show(result, report, why, met)
         print(f"Written: {args.out / CIRCUIT}, {args.out / REPORT}")

@@ -43,7 +43,7 @@ def show(result: PruneResult, report: Evaluation, why: str, met: str) -> None:
     print("\nSize against KL, from the same run:")
     _frontier(result)
     print("\nLive nodes by layer:")
-    print_table(circuit.summary().reset_index())
+    print_table(circuit.summary().rename_axis("").reset_index())  # "layer" is a column too
     print(f"\nOn held-out prompts:\n{report}\n")
 
 

@@ -92,7 +92,7 @@ class Landscape:
         few prompts are then those of float32, nearly."""
         if not _fast_at_half(self.device) or any(p.dtype != torch.float32 for p in self.reference.model.parameters()):
             return
-        rows = torch.arange(min(TRIED, self.n_prompts))
+        rows = torch.arange(min(TRIED, self.n_prompts, self.reference.batch_size))
         flat = torch.linspace(0.2, 0.8, len(rows), dtype=torch.float32)[:, None].expand(-1, self.n)
         with torch.no_grad():
             exact = self._judged(self.logits(flat, rows), rows)[0].loss

@@ -9,12 +9,13 @@ from typing import Any
 FIGURES = 3
 
 
-def figures(value: float) -> str:
-    """A number to three significant figures, a whole one with commas: 0.0521, 12.3, 2.33e-10, 1,230; 5,376."""
+def figures(value: float, *, sign: bool = False) -> str:
+    """A number to three significant figures, a whole one with commas: 0.0521, 12.3, 2.33e-10, 1,230; 5,376. sign: with its sign."""
+    plus = "+" if sign else ""
     if isinstance(value, Integral):
-        return f"{int(value):,}"
+        return f"{int(value):{plus},}"
     rounded = float(f"{float(value):.{FIGURES}g}")
-    return f"{rounded:,.0f}" if 1000 <= abs(rounded) < 1e6 else f"{rounded:.{FIGURES}g}"
+    return f"{rounded:{plus},.0f}" if 1000 <= abs(rounded) < 1e6 else f"{rounded:{plus}.{FIGURES}g}"
 
 
 class Figured:

@@ -10,10 +10,11 @@ preference  whether the full model does the task at all, and in both directions
 from __future__ import annotations
 
 from tl_nodeprune.prompts import tasks
+from tl_nodeprune.prompts.checks import FILL
 from tl_nodeprune.prompts.pairs import PromptPairs, check_pairs, positions, read_rows
 from tl_nodeprune.prompts.preference import FEWEST_PROMPTS, TASK_LEVEL, Preference, Sample, by_prompt, preference
 
 __all__ = [
-    "FEWEST_PROMPTS", "TASK_LEVEL", "Preference", "PromptPairs", "Sample", "by_prompt", "check_pairs", "positions", "preference",
+    "FILL", "FEWEST_PROMPTS", "TASK_LEVEL", "Preference", "PromptPairs", "Sample", "by_prompt", "check_pairs", "positions", "preference",
     "read_rows", "tasks",
 ]

@@ -30,7 +30,7 @@ from tl_nodeprune.search.nested import PATH, PATH_PROMPTS, Nested
 SMALLEST_SHARE, N_SIZES = 0.001, 36  # of the frontier
 SEARCHED, JUDGED = 48, 256  # prompts that the frontier is measured on, at most: of those searched on, and of those held out
 STEP_PROMPTS, CUDA_STEP_PROMPTS, FEW_STEP_PROMPTS = 32, 64, 16  # the last: for few nodes
-STEPS_AT_1000, STEPS_POWER, FEWEST_STEPS, FEW_NODES = 124, 0.45, 48, 1000  # 265 for 5,000 nodes, 900 for 80,000
+STEPS_AT_1000, STEPS_POWER, FEWEST_STEPS, FEW_NODES = 150, 0.33, 48, 1000  # 260 for 5,000 nodes, 640 for 80,000
 TRAINED_AT = 0.7  # of the budget, since fresh prompts have more loss than those trained on
 PARTS, TRAINING, FRONTIER = 4, 0.6, 0.75  # of a time limit: by when the training ends, and the frontier is measured
 

@@ -18,18 +18,30 @@ from plotly.basedatatypes import BaseFigure
 from plotly.offline import get_plotlyjs
 
 from tl_nodeprune.circuit import files
+from tl_nodeprune.evidence import Explanation
 from tl_nodeprune.nodes import check_types
 
-Item: TypeAlias = go.Figure | RenderedHTML | pd.DataFrame | str
+Item: TypeAlias = go.Figure | RenderedHTML | pd.DataFrame | Explanation | str
 CAPTION = '<p class="caption">{}</p>\n'
+
+
+class Heading(str):
+    """A heading, where save_html takes a string."""
+
+
+class Terms(str):
+    """Words and what they mean, a line each, "word: meaning", where save_html takes a string."""
+
+    def pairs(self) -> list[tuple[str, str]]:
+        return [(word, meaning) for word, _, meaning in (line.partition(": ") for line in self.split("\n"))]
 
 
 def save_html(path: str | Path, *figures: Item, title: str = "tl_nodeprune") -> Path:
     """Write figures, one below the other, as one page that opens without a network: plotly's JavaScript is in it once, and
     circuitsvis' once. All of it or nothing.
 
-    figures: plotly figures, circuitsvis views, DataFrames (tables that filter as you type, and sort by a click on a column), and
-        strings (a paragraph each).
+    figures: plotly figures, circuitsvis views, DataFrames (tables that filter as you type, and sort by a click on a column), explanations
+        of `tlnp.explain` (sentences and table), and strings (a paragraph each).
     Returns the path. Raises: ValueError where nothing is given, or an empty name; TypeError for anything else; FileNotFoundError where
     the folder does not exist; FileExistsError at a symbolic link, a device or a pipe; OSError where the file cannot be written.
     """
@@ -37,9 +49,9 @@ def save_html(path: str | Path, *figures: Item, title: str = "tl_nodeprune") -> 
     if not figures:
         raise ValueError("save_html has nothing to write; give one figure or more.")
     for number, item in enumerate(figures):
-        if not isinstance(item, BaseFigure | RenderedHTML | pd.DataFrame | str):
-            raise TypeError(f"figure {number} is a {type(item).__name__}; save_html takes plotly figures, circuitsvis views, DataFrames "
-                            "and strings.")
+        if not isinstance(item, BaseFigure | RenderedHTML | pd.DataFrame | Explanation | str):
+            raise TypeError(f"figure {number} is a {type(item).__name__}; save_html takes plotly figures, circuitsvis views, DataFrames, "
+                            "explanations and strings.")
     path = files.check_target(path)
     text = _template().render(
         title=title, items=[_fragment(item) for item in figures],
@@ -73,6 +85,12 @@ def _template() -> jinja2.Template:
 
 
 def _fragment(item: Item) -> dict[str, Any]:
+    if isinstance(item, Explanation):
+        return {"kind": "explained", "body": Markup(item._repr_html_())}
+    if isinstance(item, Terms):
+        return {"kind": "terms", "pairs": item.pairs()}
+    if isinstance(item, Heading):
+        return {"kind": "heading", "body": item}
     if isinstance(item, str):
         return {"kind": "text", "body": item}
     if isinstance(item, RenderedHTML):

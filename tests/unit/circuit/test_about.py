@@ -94,7 +94,7 @@ def test_figures_do_not_go_over_to_other_circuits(toy: Toy) -> None:
 def test_print_and_the_command_say_it(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     circuit = heads(toy).with_about(replace(EVERYTHING, notes="line\x1b[31m"))
     text = str(circuit)
-    for part in (repr(circuit), "task: IOI", "budget: max_kl=0.05", "KL 0.0400 nats (0.0300 to 0.0500, 90 %) on 50 prompts held out",
+    for part in (repr(circuit), "task: IOI", "budget: max_kl=0.05", "KL 0.04 nats (0.03 to 0.05, 90 %) on 50 prompts held out",
                  "NOT converged", "90% with the answer preferred", "seed: 3", "torch 2.4"):
         assert part in text
     assert "converged" in str(replace(EVERYTHING, converged=True)) and "untested" in str(replace(EVERYTHING, converged=None))

@@ -378,7 +378,7 @@ def test_rank_writes_every_node_best_first(toy: Toy, tmp_path: Path, capsys: pyt
     assert "the MIB board has no attn nodes; write a .csv" in capsys.readouterr().err and not (tmp_path / "a.json").exists()
 
 
-def test_report_and_compare(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_explain_and_compare(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved_circuit(toy, tmp_path / "a.safetensors")
     circuit, other = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")
     tlnp.Circuit.from_nodes(toy[0], {"head": [(1, 1)]}).save(other)
@@ -386,6 +386,9 @@ def test_report_and_compare(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixt
     for name, text in (("r.md", "# Evidence for a circuit"), ("r.csv", "measure,value,low,high,p_value")):
         assert main(["report", circuit, *words, "--out", str(tmp_path / name)]) == 0
         assert text in (tmp_path / name).read_text() and "faithfulness" in capsys.readouterr().out
+    for name, text in (("e.txt", "cutting"), ("e.csv", "effect")):
+        assert main(["explain", circuit, *words[:6], "--nodes", "2", "--out", str(tmp_path / name)]) == 0
+        assert text in (tmp_path / name).read_text() and "logit difference" in capsys.readouterr().out
     assert main(["compare", f"all={circuit}", f"one={other}", "--out", str(tmp_path / "c.csv")]) == 0
     assert "in all: head 1.1" in capsys.readouterr().out and len(pd.read_csv(tmp_path / "c.csv")) == 12
 
@@ -394,7 +397,8 @@ def test_report_and_compare(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixt
     (["evaluate", "c.safetensors", "--out", "e.txt"], "--out 'e.txt'; give a file that ends in .json"),
     (["evaluate", "c.safetensors", "--out", "t.jsonl/e.json"], "cannot be written: "),
     (["evaluate", "c.safetensors", "--ablation", "noise"], "unknown ablation 'noise'"),
-    (["report", "c.safetensors", "--n-random", "0"], "n_random=0"), (["rank", "--steps", "0"], "steps=0"),
+    (["report", "c.safetensors", "--n-random", "0"], "n_random=0"), (["explain", "c.safetensors", "--nodes", "0"], "nodes=0"),
+    (["rank", "--steps", "0"], "steps=0"),
     (["rank", "--granularities", "heads"], "unknown granularity 'heads'"), (["rank", "--out", ""], "--out is ''; give a name"),
     (["evaluate", "c.safetensors", "--device-map", "auto", "--device", "meta"], "--device-map 'auto' goes without --device"),
     (["evaluate", "c.safetensors", "--revision", "main"], "the embedded model 'toy' has no --revision"),

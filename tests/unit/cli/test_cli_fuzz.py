@@ -114,7 +114,8 @@ class Case:
 
     def __init__(self, seed: int, right: float, folder: Path, small: Path, circuits: Path) -> None:
         self.right, self.draw, self.folder, self.small, self.circuits = right, random.Random(seed), folder, small, circuits
-        others = self.one("show", "evaluate", "report", "rank", "compare")
+        self.output()  # makes the pipe and the link
+        others = self.one("show", "evaluate", "report", "explain", "rank", "compare")
         command = self.mostly("prune" if seed % 3 else others, "demo", "", "--help", self.junk())
         words = [command]
         if command in ("prune", "show") and (command == "show" or self.draw.random() < 0.2):
@@ -125,11 +126,11 @@ class Case:
             words += ["--out", self.output(), "--max-kl", self.mostly("20", self.number())]
         if command in ("prune", "rank"):
             words += ["--steps", self.mostly("1", "0", "-3", "x"), "--granularities", self.mostly("mlp", "head", "neuron", "")]
-        if command in ("evaluate", "report", "rank", "compare") and self.draw.random() < 0.7:
+        if command in ("evaluate", "report", "explain", "rank", "compare") and self.draw.random() < 0.7:
             words += ["--out", self.output() + self.one(".json", ".md", ".csv", ".pt", "")]
         if command == "report":
             words += ["--n-random", self.mostly("2", self.number()), "--max-units", self.mostly("1", "0", "x")]
-        words += {"show": [self.circuit], "evaluate": [self.circuit], "report": [self.circuit], "demo": [], "compare": []}.get(command, [])
+        words += [self.circuit] if command in ("show", "evaluate", "report", "explain") else []
         words = [word if isinstance(word, str) else word() for word in words]
         if command == "compare":
             words += [f"{name}={self.circuit()}" for name in ("a", self.mostly("b", "a", "", "node"))]

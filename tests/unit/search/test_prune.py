@@ -177,7 +177,7 @@ def test_max_nodes_is_met_by_the_binary_circuit(toy: Toy, masks: tlnp.NodeMasks,
 
 @pytest.mark.parametrize(("loss", "error", "text"), [
     (lambda a, b, p: (a - b).abs().mean(-1) * math.nan, FloatingPointError, "NaN or inf in the loss of the circuit"),
-    (lambda a, b, p: (a - b).abs().mean(), ValueError, r"one value for each of the 16 prompts; got \(\)"),
+    (lambda a, b, p: (a - b).abs().mean(), ValueError, r"one value for each of the .* prompts; got \(\)"),
     (lambda a, b, p: 0.5, ValueError, "got float"),
 ])
 def test_a_loss_of_ones_own_is_checked(toy: Toy, masks: tlnp.NodeMasks, loss: Any, error: type[Exception], text: str) -> None:
@@ -307,7 +307,7 @@ def test_with_few_prompts_the_budget_is_untested_and_it_says_how_many_are_needed
 
 def test_a_budget_that_is_missed_says_by_how_much(toy: Toy, coarse: tlnp.NodeMasks) -> None:
     """One that even the full model does not meet."""
-    with pytest.warns(UserWarning, match=r"on prompts held out the loss is 1\.0000, 1\.0000 above 1e-30"):
+    with pytest.warns(UserWarning, match=r"on prompts held out the loss is 1, 1 above 1e-30"):
         result = coarse.prune(toy[1], loss=lambda a, b, p: any_loss(a, b, p) + 1, max_loss=1e-30, steps=2, progress=False)
     assert result.converged is False and result.kl == pytest.approx(1) and result.circuit == tlnp.Circuit.full(coarse.space)
 

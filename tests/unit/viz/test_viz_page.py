@@ -69,7 +69,7 @@ def test_tokens_cannot_end_the_script(markup_toy: Toy) -> None:
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     path = save_html(tmp_path / "page.html", "old")
     old = path.read_text(encoding="utf-8")
-    with pytest.raises(TypeError, match=r"figure 1 is a dict; save_html takes plotly figures, circuitsvis views, DataFrames and strings"):
+    with pytest.raises(TypeError, match="figure 1 is a dict; save_html takes plotly figures, circuitsvis views, DataFrames, explan"):
         save_html(path, figure(), {"data": []})  # type: ignore[arg-type]
     with pytest.raises(UnicodeEncodeError):
         save_html(path, "a lone surrogate: \ud800")
@@ -103,9 +103,9 @@ def test_overview_of_a_result_and_of_an_empty_circuit(each_toy: Toy, tmp_path: P
     effects = tlnp.crosscheck.activation_patching(model, prompts[:2], progress=False)
     items = tlnp.viz.overview(model, result, prompts, task="ioi", effects=effects)
     titles = [item.layout.title.text.split("<br>")[0] for item in items if isinstance(item, go.Figure)]
-    assert str(items[1]) == (f"KL 0.0000 nats on {len(prompts) - 6} prompts held out (90 % interval 0.0000 to 0.1000), 100% answered "
-                             "right; 0.0000 on the 6 prompts searched. Untested.")
-    assert titles == ["Live nodes", "Size against faithfulness", "The search: KL 0 nats held out, in 1 s, untested",
+    assert str(items[1]) == (f"KL 0 nats on {len(prompts) - 6} prompts held out (90 % interval 0 to 0.1), 100% answered "
+                             "right; 0 on the 6 prompts searched. Untested.")
+    assert titles == ["What feeds what", "Live nodes", "Size against faithfulness", "The search: KL 0 nats held out, in 1 s, untested",
                       "Kept heads and blocks: 15", "Live MLP neurons: 1,152 of 1,152", "Live attention neurons: 288 of 288",
                       "Live MLP output dims: 288 of 288", "Mask against effects of single nodes"]
     assert isinstance(items[-1], pd.DataFrame) and len(items[-1]) == sum(space.totals().values())
