@@ -1,11 +1,13 @@
-"""Griffe extension: the docstrings' "name: meaning" lines become lists, so that the reference is readable.
+"""Griffe extension: the docstrings' "name: meaning" lines become lists with types and defaults, so that the reference is readable.
 
-A docstring here is prose; parameters and fields stand as `name: meaning`, continued on indented lines, and errors as "Raises: …".
+A docstring here is prose; parameters and fields stand as `name: meaning`, continued on indented lines, and errors as "Raises: …". Types and
+defaults come from the signature.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import griffe
@@ -13,14 +15,16 @@ import griffe
 NAMES = re.compile(r"^(?P<names>[a-z_]\w*(?:, [a-z_]\w*)*): (?P<meaning>.*)$", re.DOTALL)
 
 
-def as_markdown(text: str, known: set[str]) -> str:
-    """The docstring with a list item per parameter or field. known: the names that are parameters or fields of the object."""
+def as_markdown(text: str, known: Collection[str]) -> str:
+    """The docstring with a list item per parameter or field. known: the names that are parameters or fields of the object; as a mapping,
+    with what to say of each beside its name."""
+    says: Mapping[str, str] = known if isinstance(known, Mapping) else {}
     items: list[str] = []
     for line in _joined(text.split("\n")):
         for part in _parts(line, known):
             found = NAMES.match(part)
-            if found and set(found["names"].split(", ")) <= known:
-                names = ", ".join(f"`{name}`" for name in found["names"].split(", "))
+            if found and set(found["names"].split(", ")) <= set(known):
+                names = ", ".join(f"`{name}`{says.get(name, '')}" for name in found["names"].split(", "))
                 part = f"- {names}: {found['meaning']}"
                 items += [] if items and items[-1].startswith("- ") else [""]  # a list begins after a blank line
             elif items and items[-1].startswith("- ") and part:
@@ -41,7 +45,7 @@ def _joined(lines: list[str]) -> list[str]:
     return joined
 
 
-def _parts(line: str, known: set[str]) -> list[str]:
+def _parts(line: str, known: Collection[str]) -> list[str]:
     """A line that explains several names, "steps: at most. seed: …", as one part for each; and errors by themselves."""
     if not known:
         return [line]
@@ -49,17 +53,25 @@ def _parts(line: str, known: set[str]) -> list[str]:
     return re.split(rf"(?<=[.;]) (?=(?:{names})(?:, (?:{names}))*: |(?:Raises: |Returns ))", line)
 
 
+def typed(parameter: griffe.Parameter) -> str:
+    """A parameter's type, without the None of a default None, and its default: " (`int`, default `64`)"."""
+    kind = str(parameter.annotation or "").removesuffix(" | None") if parameter.default == "None" else str(parameter.annotation or "")
+    said = [f"`{kind}`"] * bool(kind) + [f"default `{parameter.default}`"] * (parameter.default is not None)
+    return f" ({', '.join(said)})" if said else ""
+
+
 class Docstrings(griffe.Extension):
     """Rewrites docstrings of functions and classes."""
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
-        self._rewrite(func, {parameter.name for parameter in func.parameters})
+        self._rewrite(func, {parameter.name: typed(parameter) for parameter in func.parameters})
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
         made = cls.members.get("__init__")
-        known = {parameter.name for parameter in made.parameters} if isinstance(made, griffe.Function) else set()
-        self._rewrite(cls, known | {name for name, member in cls.members.items() if member.is_attribute or member.is_function})
+        known = {parameter.name: typed(parameter) for parameter in made.parameters} if isinstance(made, griffe.Function) else {}
+        fields = {name: "" for name, member in cls.members.items() if member.is_attribute or member.is_function}
+        self._rewrite(cls, fields | known)
 
-    def _rewrite(self, thing: griffe.Object, known: set[str]) -> None:
+    def _rewrite(self, thing: griffe.Object, known: Mapping[str, str]) -> None:
         if thing.docstring:
             thing.docstring.value = as_markdown(thing.docstring.value, known)

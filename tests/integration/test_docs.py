@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pkgutil
 import re
@@ -159,12 +160,27 @@ def test_the_picture_of_the_packages_is_that_of_the_code() -> None:
     assert all(order.index(upper) < order.index(lower) for upper, lower in make["imports"]())
 
 
+def test_the_plots_show_what_the_results_page_says() -> None:
+    make = runpy.run_path(str(ROOT / "docs" / "figures" / "frontier.py"))
+    for target, drawing in ((make["SMOLLM2"], make["smollm2_svg"]()), (make["STORIES"], make["stories_svg"]())):
+        ElementTree.fromstring(drawing)
+        assert drawing == target.read_text(encoding="utf-8"), "the tables have changed: run python docs/figures/frontier.py"
+
+
+@pytest.mark.parametrize("function", [tlnp.prune, tlnp.rank, tlnp.sweep, tlnp.estimate, tlnp.report, tlnp.evaluate, tlnp.add_node_masks],
+                         ids=lambda function: function.__name__)
+def test_every_argument_has_a_line_of_its_own(function: Any) -> None:
+    described = re.findall(r"^    (\w+): ", function.__doc__, re.MULTILINE)
+    assert set(inspect.signature(function).parameters) <= set(described)
+
+
 def test_docstrings_become_lists() -> None:
     pytest.importorskip("griffe", reason="griffe is not installed; it comes with the docs extra")
     as_markdown = runpy.run_path(str(ROOT / "docs" / "tools" / "docstrings.py"))["as_markdown"]
     text = "What it does.\n\nsteps: at\n    most. seed: of draws. note: no name.\n\nRaises: ValueError.\n\nmore\nlines: here."
     want = "What it does.\n\n\n- `steps`: at most.\n- `seed`: of draws. note: no name.\n\n**Raises** ValueError.\n\nmore lines: here."
     assert as_markdown(text, {"steps", "seed"}) == want
+    assert as_markdown(text, {"steps": " (`int`)", "seed": ""}) == want.replace("`steps`", "`steps` (`int`)")
 
 
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:

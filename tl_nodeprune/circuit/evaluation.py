@@ -105,10 +105,16 @@ class Evaluation:
 def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: int = 64) -> Evaluation:
     """Run the circuit, the full model and the fully ablated model on prompts, under the ablation the circuit was found under.
 
-    Masks that are attached are left out for the while. Raises: ValueError where the circuit or the prompts do not fit the model, or
-    corrupted prompts are missing under interchange ablation; TypeError for what is no Circuit or PromptPairs; RuntimeError where a
-    circuit is applied already, another thread is at work on the model, or it is in training mode with dropout or gradient checkpointing;
-    FloatingPointError for NaN or inf.
+    Masks that are attached are left out for the while.
+
+    model: the model that the circuit is of.
+    circuit: the circuit, with its ablation.
+    prompts: the pairs to judge on: best those that took no part in the search.
+    batch_size: prompts per forward.
+
+    Raises: ValueError where the circuit or the prompts do not fit the model, or corrupted prompts are missing
+    under interchange ablation; TypeError for what is no Circuit or PromptPairs; RuntimeError where a circuit is applied already, another
+    thread is at work on the model, or it is in training mode with dropout or gradient checkpointing; FloatingPointError for NaN or inf.
     """
     check_types(evaluate, locals())
     check_counts(batch_size=batch_size)

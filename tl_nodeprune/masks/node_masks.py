@@ -215,13 +215,14 @@ def add_node_masks(model: Any, granularities: str | Iterable[str] | None = None,
                    ablation: str | Ablation = "interchange", *, gate: Gate | None = None) -> NodeMasks:
     """Hang a gate on every node of a HookedTransformer or TransformerBridge, all open: the model's outputs stay bit-identical.
 
+    model: weights frozen while masks are attached.
     granularities: some of "layer", "attn", "mlp", "head", "attn_neuron", "mlp_neuron", "mlp_out"; None: all that the model has.
-    layers: which; negative ones count from the end; None: all.
+    layers: numbers of layers; negative ones count from the end; None: all.
     ablation: "interchange", "mean", "zero" or "optimal", see `Ablation`.
     gate: how scores become masks; None: HardConcrete.
 
-    Returns the masks; `remove_node_masks(model)` takes them off, or a block does: `with model.add_node_masks() as masks:`. Weights are
-    frozen in between. Asked again for the same nodes under the same ablation, as by a cell of a notebook that is run again, it takes the
+    Returns the masks; `remove_node_masks(model)` takes them off, or a block does: `with model.add_node_masks() as masks:`.
+    Asked again for the same nodes under the same ablation, as by a cell of a notebook that is run again, it takes the
     earlier masks off, with a warning, and gives new ones.
     Raises: ValueError for a granularity or layer that is unknown or that the model lacks, and for a model without one stack of blocks that
     add to the residual stream, or whose forward fails on three tokens; RuntimeError where other masks or a circuit are attached already,

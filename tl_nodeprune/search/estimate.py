@@ -63,8 +63,18 @@ def estimate(model: Any, prompts: PromptPairs, *, held_out: PromptPairs | None =
              batch_size: int = 64, step_prompts: int | None = None, cache_bytes: int = 2 << 30) -> Estimate:
     """Time a few steps on some of the prompts, and say what `prune(max_kl=...)` will take on all of them. The model is left as it was.
 
-    model: with masks attached these are used, and granularities, layers and ablation are theirs; else as `add_node_masks` takes them. All
-    other arguments as in `prune`. Raises what `add_node_masks` and `prune` raise.
+    model: a model, or one with masks attached: then these are used, and granularities, layers and ablation are theirs.
+    prompts: the pairs that `prune` will get.
+    held_out: pairs held out, as in `prune`.
+    granularities: which nodes to gate, as in `add_node_masks`. None: all that the model has.
+    layers: which layers, as in `add_node_masks`. None: all.
+    ablation: as in `add_node_masks`.
+    steps: of the training, as in `prune`.
+    batch_size: prompts per forward.
+    step_prompts: prompts per step, as in `prune`.
+    cache_bytes: bytes of stand-ins to keep, 2 GiB by default.
+
+    Raises: what `add_node_masks` and `prune` raise.
     """
     check_types(estimate, locals())
     settings = Settings(steps, batch_size, step_prompts, cache_bytes)

@@ -29,45 +29,53 @@ def prune(
     step_prompts: int | None = None, cache_bytes: int = 2 << 30, seed: int = 0, progress: bool = True,
     granularities: str | Iterable[str] | None = None, layers: int | Iterable[int] | None = None, ablation: str | Ablation | None = None,
 ) -> PruneResult:
-    """The smallest circuit whose KL(full || circuit) at the answer positions is at most `max_kl` nats on prompts that were not searched
-    on, or the most faithful one of at most `max_nodes` nodes. The masks are left at that circuit, still attached; after an objective they
-    have its gate, hard concrete and straight-through.
+    """The smallest circuit within a budget of KL, or the most faithful one of a size, judged on prompts that were not searched on.
 
-    masks: attached ones, or a model: `prune(model, prompts, max_kl=0.05)` puts masks on, searches, and takes them off whatever happens.
-    granularities, layers, ablation: of the masks that a model gets, as in `add_node_masks`.
-    Give one of: max_kl (nats); max_nodes (a float is a share of the leaf nodes, an int a count; gates above something that is not
-        gated count too; a mapping limits single granularities); loss with max_loss, a loss of your own,
-        fn(circuit_logits, full_logits, prompts) -> [batch], bounded in its mean; objective, the paper's, run as it is, with its own
-        steps and batch size.
-    max_nodes as a mapping: a share or count of each granularity named, as {"head": 3, "mlp_neuron": 0.05}; the most faithful circuit
-        with at most so many of each live is sought. A head, block or layer counts as one while anything in it is live. Granularities
-        that are not named are not limited: their nodes stay open except where closing them clearly makes the circuit more faithful.
-    agreement: with max_kl, share of the prompts on which the circuit must choose between answer and wrong answer as the full model does;
-        by default 0.98, or 1 - 0.4 * max_kl where that is less. 0.98 with a large max_kl asks for the choice alone.
-    held_out: prompts to judge by that are never searched on; None: a quarter of `prompts` at random, 8 different ones at least where there
-        are 24. From fewer the result says that the budget is untested.
-    start: a circuit to better, in place of the run's own cut, where it is within the budget and smaller.
-    steps: of the training that orders all nodes; None: 260 for 5,000 nodes, 640 for 80,000, 48 at least. step_prompts: prompts per step,
-        drawn at random; None: 32, for fewer than 1,000 nodes 16, on CUDA 64. The cost of a step does not grow with the number of prompts.
-    exact_tests: with max_kl or max_loss, leaf nodes whose removal is tried exactly at the end, the likeliest first. Heads and blocks
-        above them are tested too, unless the first prompts rule them out by far.
-    time_limit: seconds, about; the best so far is returned then, and `stopped` says so. checkpoint: a folder in which the state is kept;
-        a run that was broken off goes on there, to the same circuit.
-    batch_size: prompts per forward; memory, and the result hardly. cache_bytes: stand-ins are kept up to this, recomputed above.
+    Give one budget: max_kl, max_nodes, loss with max_loss, or objective. The masks are left at that circuit, still attached; after an
+    objective they have its gate, hard concrete and straight-through.
+
+    masks: attached masks, searched over. Or a model: masks are put on, and taken off at the end, whatever happens.
+    prompts: pairs to search on, two different ones at least.
+    max_kl: the budget, in nats: the most that KL(full || circuit) at the answer positions may be, in the mean over the prompts held out.
+    agreement: with max_kl, share of the prompts on which the circuit must choose between answer and wrong answer as the full model
+        does. None: 0.98, or 1 - 0.4 * max_kl where that is less. 0.98 with a large max_kl asks for the choice alone.
+    max_nodes: the most live leaf nodes: a float is a share, an int a count; gates above something that is not gated count too. A
+        mapping is a share or count of each granularity named, as {"head": 3, "mlp_neuron": 0.05}. A head, block or layer counts as
+        one while anything in it is live. Granularities that are not named are not limited: their nodes stay open except where closing
+        them clearly makes the circuit more faithful.
+    loss: a loss of your own, fn(circuit_logits, full_logits, prompts) -> [batch], lower is better. It needs max_loss.
+    max_loss: the most that the mean of `loss` may be on the prompts held out, in the loss's own unit.
+    objective: the paper's objective, run as it is, with its own steps and batch size; for comparison.
+    held_out: pairs to judge by that are never searched on. None: a quarter of `prompts`, sampled at random, 8 different ones at least
+        where there are 24. From fewer the result says that the budget is untested.
+    start: a circuit that is there already. It is taken in place of the run's own where it is within the budget and smaller.
+    steps: of the training that orders all nodes. None: 260 for 5,000 nodes, 640 for 80,000, 48 at least.
+    exact_tests: with max_kl or max_loss, how many leaf nodes are removed one by one at the end to see whether they are needed, the
+        likeliest first. Heads and blocks above them are tested too, unless the first prompts rule them out by far.
+    time_limit: seconds, about. The best circuit so far is returned then, and `stopped` says so. None: no limit.
+    checkpoint: a folder in which the state is kept. A run that was broken off goes on there, to the same circuit. None: nothing is kept.
+    batch_size: prompts per forward. It changes memory and time, the result hardly.
+    step_prompts: prompts per step, sampled at random. None: 32; 16 for fewer than 1,000 nodes; 64 on CUDA. The cost of a step does
+        not grow with the number of prompts.
+    cache_bytes: bytes, 2 GiB by default. Stand-ins are kept up to this, and recomputed above it.
     seed: same seed, same machine, same circuit.
+    progress: whether to show a bar.
+    granularities: with a model, which nodes to gate, as in `add_node_masks`. None: all that the model has.
+    layers: with a model, which layers, as in `add_node_masks`. None: all.
+    ablation: with a model, as in `add_node_masks`. None: "interchange".
 
-    Where, with max_kl or max_nodes, the full model on corrupted prompts prefers the wrong answer, as when the corruption swaps two names,
-    those pairs are searched on in both directions, which makes the circuit hold on fresh prompts (docs/decisions). Where 7 clean prompts
-    or more show no preference of the full model for the answer on the clean prompts, no circuit is claimed: a warning, and `converged` is
-    False.
+    With max_kl or max_nodes some pairs are searched on in both directions: those on whose corrupted prompt the full model prefers the
+    wrong answer, as when the corruption swaps two names. That makes the circuit hold on other prompts (docs/decisions).
+    Where 7 clean prompts or more show no preference of the full model for the answer, no circuit is claimed: a warning, and `converged` is
+    False. It also warns where some corrupted prompts are the same as the clean ones, and where the budget is not met or untested.
 
-    Warns where some corrupted prompts are the same as the clean ones, and where the budget is not met or untested. Raises: ValueError for a
-    budget that is missing, doubled, not above 0, or of nodes that these masks do not gate, an agreement that is no share or without max_kl,
-    prompts that do not fit the model, that are all the same or held out and searched on, a loss without a gradient, a start over other
-    nodes or with an objective, a time limit that is not above 0, and a checkpoint of another run; TypeError for what is no number or no
-    PromptPairs; OSError for a checkpoint that cannot be written; RuntimeError where the masks are not attached, another circuit is
-    applied, the model is in training mode with dropout or gradient checkpointing, or it runs in `torch.inference_mode()`;
-    FloatingPointError at the step where logits or the loss are NaN or inf. The model and the masks are then as before.
+    Raises: ValueError for a budget that is missing, doubled, not above 0, or of nodes that these masks do not gate, an agreement that is no
+    share or without max_kl, prompts that do not fit the model, that are all the same or held out and searched on, a loss without a
+    gradient, a start over other nodes or with an objective, a time limit that is not above 0, and a checkpoint of another run; TypeError
+    for what is no number or no PromptPairs; OSError for a checkpoint that cannot be written; RuntimeError where the masks are not attached,
+    another circuit is applied, the model is in training mode with dropout or gradient checkpointing, or it runs in
+    `torch.inference_mode()`; FloatingPointError at the step where logits or the loss are NaN or inf. The model and the masks are then as
+    before.
     """
     given = locals()
     check_types(prune, given)

@@ -22,13 +22,22 @@ def rank(masks: NodeMasks | nn.Module, prompts: PromptPairs, *, loss: LossFn = k
          ablation: str | Ablation | None = None) -> NodeScores:
     """A score for every leaf node such that the best k of them, for every k, are a circuit of low loss: `1 - (place - 1) / n`.
 
-    It is `prune`'s run without a cut, all sizes alike, on all of the prompts. The masks stay as they are.
+    It is `prune`'s run without a cut, all sizes alike, on all of the prompts. Nothing is held out. The masks stay as they are.
 
-    masks: attached ones, or a model, which then gets masks for the length of the call; granularities, layers, ablation: of those, as in
-        `add_node_masks`.
-    loss: fn(circuit_logits, full_logits, prompts) -> [batch], its mean is lowered at each size; KL(full || circuit) as given. For MIB
-        see `mib.distance` (CMD) and `mib.shortfall` (CPR). By KL and `mib.distance` pairs are searched on in both directions where `prune`
-        does that. All else as in `prune`.
+    masks: attached masks, searched over. Or a model, which gets masks for the length of the call.
+    prompts: pairs to search on.
+    loss: fn(circuit_logits, full_logits, prompts) -> [batch]; its mean is lowered at each size. KL(full || circuit), nats, by default. For
+        MIB see `mib.distance` (CMD) and `mib.shortfall` (CPR). By KL and `mib.distance` pairs are searched on in both directions where
+        `prune` does that.
+    steps: of the training, as in `prune`.
+    batch_size: prompts per forward.
+    step_prompts: prompts per step, as in `prune`.
+    cache_bytes: bytes, 2 GiB by default. Stand-ins are kept up to this, and recomputed above it.
+    seed: same seed, same machine, same scores.
+    progress: whether to show a bar.
+    granularities: with a model, which nodes to gate, as in `add_node_masks`. None: all that the model has.
+    layers: with a model, which layers, as in `add_node_masks`. None: all.
+    ablation: with a model, as in `add_node_masks`, but not "optimal". None: "interchange".
 
     Raises: ValueError for a loss that is the same with every node ablated, or "optimal" ablation, whose constants differ from size to
     size; and what `prune` raises.

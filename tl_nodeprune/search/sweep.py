@@ -129,23 +129,30 @@ def sweep(
     share: float = 0.75, agreement: float | None = None, steps: int | None = None, batch_size: int = 64,
     executor: Executor | None = None, progress: bool = True,
 ) -> Sweep:
-    """The smallest circuit within each budget of `max_kl` (nats), for each seed: size against held-out KL, and how stable it is.
+    """The smallest circuit within each budget of `max_kl`, for each seed: size against held-out KL, and how stable it is.
 
     A seed draws its own split of the prompts, `prompts.split(share, seed)`: the first part is searched on, the rest judges.
     It is the search's seed as well. So what differs between seeds is the prompts and the draws: a search on the same prompts
     is deterministic or nearly so, and agreement between its repeats would say little. A seed is one run; its budgets are cut from
     that run's order of the nodes, and finished, one by one (`PruneResult.at`).
 
-    model: a HookedTransformer or TransformerBridge, left as it was; or a function without arguments that returns a new one
-        at each call. prompts: two or more. granularities, ablation: as `add_node_masks` takes them; "mean" that is not fitted is of all
-        prompts, the held-out ones too, so that it reaches as far as they do and is the same for all seeds. agreement, steps, batch_size:
-        of each search, as `prune` takes them.
+    model: a HookedTransformer or TransformerBridge, left as it was. Or a function without arguments that returns a new one at each call.
+    prompts: two pairs or more.
+    max_kl: the budgets, nats.
+    seeds: one run each.
+    granularities: which nodes to gate, as in `add_node_masks`. None: all that the model has.
+    ablation: as in `add_node_masks`. "mean" that is not fitted is of all prompts, the held-out ones too, so that it reaches as far as
+        they do and is the same for all seeds.
+    share: of the prompts that a seed searches on.
+    agreement: share of equal choices, as in `prune`.
+    steps: of each search, as in `prune`.
+    batch_size: prompts per forward.
     executor: any concurrent.futures Executor, one task per seed (ThreadPoolExecutor, ProcessPoolExecutor, loky, Dask's
-        `client.get_executor()`, mpi4py's pools); None: here, one seed after the other. Every task works on a model of its own:
+        `client.get_executor()`, mpi4py's pools). None: here, one seed after the other. Every task works on a model of its own:
         in threads a copy; in other processes the pickled model, or, since a TransformerBridge cannot be pickled, what a
         function that can be imported there returns. Start processes by "spawn" or "forkserver": torch's threads can hang in
-        forked ones. No result holds a model; its tensors are on the CPU.
-    progress: a bar over all runs.
+        forked ones. No result holds a model, and its tensors are on the CPU.
+    progress: whether to show a bar over all runs.
 
     Raises: ValueError for max_kl or seeds that are empty, doubled or out of range, steps or batch_size below 1, fewer than 2 prompts,
     a share that is not between 0 and 1, an agreement that is no share; TypeError for what is of another type, and a model that the

@@ -36,15 +36,23 @@ def report(
     model: Any, circuit: Circuit, prompts: PromptPairs, *, held_out: PromptPairs | None = None, units: str = "block", n_random: int = 100,
     n_subsets: int = 20, max_units: int = 64, alpha: float = 0.05, seed: int = 0, batch_size: int = 64, progress: bool = True,
 ) -> Report:
-    """What a circuit is worth, under the ablation it was found under: faithfulness with intervals, completeness, random circuits of equal
-    size, other ablations, the tests of Shi et al. 2024 (see `hypotheses`), and redundancy. Masks that are attached are left out.
+    """What a circuit is worth, under the ablation it was found under: faithfulness with intervals, completeness, size-matched random
+    circuits, other ablations, the tests of Shi et al. 2024 (see `hypotheses`), and redundancy. Masks that are attached are left out.
 
-    held_out: prompts that the search has not seen; then these are judged on, and `prompts` (those of the search) evaluated beside them.
-        Of pairs with the same clean prompt the first is judged on: repeated ones would make every test and interval too sure.
-    units: what is removed one at a time: "block" (heads, MLP blocks) or "node" (single leaf nodes), see `units_of`; of those kept at
-        most `max_units` are tried, drawn at random above that.
-    n_random: random circuits, and random units that kept ones are compared with. n_subsets: random subsets for completeness.
-    alpha: level of the tests. batch_size: rows (circuit and prompt) per forward. The same seed gives the same report.
+    model: the model that the circuit is of.
+    circuit: the circuit to judge.
+    prompts: the pairs that were searched on; judged on too where `held_out` is not given.
+    held_out: pairs that the search has not seen. Then these are judged on, and `prompts` are evaluated beside them. Of pairs with the
+        same clean prompt the first is judged on: repeated ones would make every test and interval too sure.
+    units: what is removed one at a time: "block" (heads, MLP blocks) or "node" (single leaf nodes), see `units_of`.
+    n_random: random circuits, and random units that kept ones are compared with.
+    n_subsets: random subsets for completeness.
+    max_units: kept units that are tried at most, sampled at random above that.
+    alpha: level of the tests.
+    seed: the same seed gives the same report.
+    batch_size: rows (circuit and prompt) per forward.
+    progress: whether to show a bar.
+
     Cost: about 3 * n_random + 2 * n_subsets + 2 * (units tried) circuits, and up to 120 for pairs of units, each a forward row per prompt;
     more where units turn out to be redundant. Where prompts are too few for a test its values are NaN; its verdict says how many it takes.
 
