@@ -107,7 +107,7 @@ class Bench:
             self.prune("stability", f"{budget_name(EQUAL_BUDGET)}, search seed {seed}", search_seed=seed, max_kl=EQUAL_BUDGET)
 
     def match_paper(self) -> None:
-        """Runs of ours aimed at the held-out KL of each paper run, asked to choose as the full model no oftener than that does. Where one
+        """Runs of ours aimed at the held-out KL of each paper run, asked for no more of the full model's choices than that has. Where one
         is above that KL, or is neither half as large nor both smaller and close to it, another with another budget, midway between
         those that were too low and too high once there are both; `AIMS` at most."""
         for paper in self.rows("paper") + self.rows("paper, summed"):

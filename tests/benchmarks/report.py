@@ -35,7 +35,7 @@ max_kl 0.05 on the same split; TransformerLens' attribution keeps whole heads an
 The best attribution is the one with the lowest held-out KL on each split, of those at most 1.1 x as large as ours. `paper` runs
 PaperObjective, without "layer" gates and without hinge, its penalty the mean over gate tensors (the authors' code for GPT-2); `paper,
 summed` the same with the sum (their code for Llama).
-Ours is aimed at the held-out KL of each run of theirs, and asked for its choices no oftener than that has them: at 1/1.6 of the KL
+Ours is aimed at the held-out KL of each run of theirs, and asked for its choices no more often than that has them: at 1/1.6 of the KL
 first, then, where that is above it, or more than half as large and either far below it or larger than theirs, lower or higher, and
 midway between two that were too low and too high, three times at most; the time of all that were aimed counts. One-granularity runs
 keep all nodes that they do not gate. Times are CPU seconds of the process, compared on one machine only.

@@ -70,7 +70,7 @@ def _on_logit_diff(land: Landscape) -> Landscape:
 
 
 def _mean_gradient(land: Landscape, mask: Tensor, step: int, step_prompts: int, generator: torch.Generator) -> Tensor:
-    """The loss' gradient to one mask [node], mean over prompts drawn at random."""
+    """The loss' gradient to one mask [node], mean over prompts sampled at random."""
     rows = torch.randperm(land.n_prompts, generator=generator)[:step_prompts]
     return land.gradient(mask.expand(len(rows), -1), rows, step)[1].mean(0)
 

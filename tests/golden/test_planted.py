@@ -114,7 +114,7 @@ def test_prune_keeps_nothing_where_nothing_is_needed(name: str, which: str) -> N
 
 
 def exchanged(prompts: tlnp.PromptPairs, seed: int) -> tlnp.PromptPairs:
-    """Clean and corrupted exchanged in half of the pairs, by lot, the answers left: they no longer tell the two apart."""
+    """Clean and corrupted exchanged in half of the pairs, sampled at random, the answers left: they no longer tell the two apart."""
     swap = torch.arange(len(prompts)) % 2 == 0
     swap = swap[torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))][:, None]
     sides = (torch.where(swap, a, b) for a, b in ((prompts.corrupted, prompts.clean), (prompts.clean, prompts.corrupted)))

@@ -1,4 +1,4 @@
-"""Every python block of the README and the docs runs as it stands, in a namespace and a folder of its own; links, reference, drawings."""
+"""Every python block of the README and the docs runs unchanged, in a namespace and a folder of its own; links, reference, drawings."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def masks_on(model: Any, closed: bool = False) -> Iterator[None]:
 
 @contextmanager
 def other_thread(model: Any) -> Iterator[None]:
-    """Another thread at work on the model for the while."""
+    """Another thread at work on the model meanwhile."""
     entered, done = threading.Event(), threading.Event()
 
     def work() -> None:

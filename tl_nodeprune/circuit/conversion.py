@@ -15,7 +15,7 @@ def to_circuit(masks: NodeMasks) -> Circuit:
     """The thresholded, consistent circuit of the scores now. Raises: FloatingPointError for a score that is NaN."""
     for key in masks.space.shapes:
         if masks.score(key).isnan().any():
-            raise FloatingPointError(f"NaN in the scores of {gate_name(key)}: whether these nodes are kept cannot be told.")
+            raise FloatingPointError(f"NaN in the scores of {gate_name(key)}: they do not say whether these nodes are kept.")
     return Circuit(masks.space, {key: masks.gate.kept(masks.score(key)) for key in masks.space.shapes}, masks.ablation)
 
 

@@ -105,7 +105,7 @@ class Evaluation:
 def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: int = 64) -> Evaluation:
     """Run the circuit, the full model and the fully ablated model on prompts, under the ablation the circuit was found under.
 
-    Masks that are attached are left out for the while.
+    Masks that are attached are left out during the call.
 
     model: the model that the circuit is of.
     circuit: the circuit, with its ablation.
@@ -113,7 +113,7 @@ def evaluate(model: Any, circuit: Circuit, prompts: PromptPairs, *, batch_size: 
     batch_size: prompts per forward.
 
     Raises: ValueError where the circuit or the prompts do not fit the model, or corrupted prompts are missing
-    under interchange ablation; TypeError for what is no Circuit or PromptPairs; RuntimeError where a circuit is applied already, another
+    under interchange ablation; TypeError for what is not a Circuit or PromptPairs; RuntimeError where a circuit is applied already, another
     thread is at work on the model, or it is in training mode with dropout or gradient checkpointing; FloatingPointError for NaN or inf.
     """
     check_types(evaluate, locals())

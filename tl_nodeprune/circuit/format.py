@@ -116,7 +116,7 @@ def unpack(path: Path) -> tuple[NodeSpace, Gates, Ablation, About]:
     with open(path, "rb") as file:
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(_MOST_HEADER, size - 8):
-            raise ValueError(f"{path} is damaged or no safetensors file.")
+            raise ValueError(f"{path} is damaged or not a safetensors file.")
         header = file.read(length)
         try:
             plan = _plan(header)
@@ -128,7 +128,7 @@ def unpack(path: Path) -> tuple[NodeSpace, Gates, Ablation, About]:
                 raise ValueError("its checksum does not fit what is in it")
             return _read(plan, {name: _tensor(data, entry) for name, entry in plan.tensors.items()})
         except ValueError as error:
-            raise ValueError(f"{path} is damaged or no circuit of this library: {_in_words(error)}") from error
+            raise ValueError(f"{path} is damaged or not a circuit of this library: {_in_words(error)}") from error
 
 
 def _read(plan: _Plan, tensors: Mapping[str, Tensor]) -> tuple[NodeSpace, Gates, Ablation, About]:

@@ -48,7 +48,7 @@ class LiveNodes(Mapping[str, Tensor]):
     def folded(self) -> dict[str, Tensor]:
         """The masks without those of layers, which are folded into the masks of the blocks below: hook name -> mask.
 
-        With these `out = m * clean + (1 - m) * ablated` holds as it stands at every hook point; at hook_resid_post it would be of what the
+        With these `out = m * clean + (1 - m) * ablated` holds at every hook point; at hook_resid_post it would be of what the
         block adds. Raises: ValueError where a layer that is pruned has no hook points of its attention and MLP to fold it into.
         """
         masks = {hook: mask for hook, mask in self.masks.items() if not hook.endswith(HOOKS["layer"])}

@@ -51,7 +51,7 @@ def add(commands: Any) -> None:
     for parser in (judge, evidence, meaning, ranking):
         parser.add_argument("--batch-size", type=int, default=64, help="prompts per forward (default: %(default)s)")
         add_model_and_task(parser, seed=1 if parser is not ranking else 0, prompts=200 if parser is ranking else 64,
-                           seed_of="the named tasks' prompts and what is drawn at random")
+                           seed_of="the named tasks' prompts and what is sampled at random")
     several = _add(commands, "compare", _compare, "which nodes saved circuits share, beside chance", "file for the nodes, .csv")
     several.add_argument("circuits", nargs="+", metavar="NAME=FILE", help="two circuits or more of one model, as ioi=a.safetensors")
     several.add_argument("--level", nargs="+", default=["head"], metavar="G", help="granularities to compare at (default: head)")
@@ -187,5 +187,5 @@ def _compare(args: argparse.Namespace) -> None:
 def _named(text: str) -> tuple[str, Path]:
     name, separator, path = text.partition("=")
     if not separator or not name or not path:
-        raise ValueError(f"{text!r} is no circuit with a name; give NAME=FILE, as ioi=a.safetensors.")
+        raise ValueError(f"{text!r} is not a circuit with a name; give NAME=FILE, as ioi=a.safetensors.")
     return name, Path(path)

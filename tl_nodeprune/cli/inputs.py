@@ -76,7 +76,7 @@ def check_source(args: argparse.Namespace, least: int = 1) -> None:
     check_device("--device", args.device)
     if args.task not in tasks.ROWS:
         if not Path(args.task).is_file():
-            raise ValueError(f"--task {args.task!r} is no task ({', '.join(tasks.ROWS)}) and no file.")
+            raise ValueError(f"--task {args.task!r} is neither a task ({', '.join(tasks.ROWS)}) nor a file.")
         read_rows(args.task)
 
 

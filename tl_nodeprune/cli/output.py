@@ -32,8 +32,8 @@ def show(result: PruneResult, report: Evaluation, why: str, met: str) -> None:
     reason = met if result.converged else why.removeprefix(f"{VERDICTS[1]}: ") or "the budget is not known to hold on prompts held out."
     if result.converged and report.exact_match < _SAME_TOKEN:
         verdict = "Within the budget, which is of KL"
-        reason += (f"; but its most likely token is the full model's on only {report.exact_match:.0%} of these prompts, so it is no copy "
-                   "of the model. (Where many answers are about as likely, one token says little.)")
+        reason += (f"; but its most likely token is the full model's on only {report.exact_match:.0%} of these prompts, so it is not "
+                   "a copy of the model. (Where many answers are about as likely, one token says little.)")
     print(f"\n{held_out_sentence(result)}\n{verdict}: {reason}")
     if result.stopped:
         print(f"Stopped by the {result.stopped}: this is the best so far.")

@@ -67,7 +67,7 @@ def end_quietly_while_starting(command: str, package: str) -> None:
 
 def run(name: str, command: Callable[[], None]) -> int:
     """Run a command. Returns the exit status: 0; 2 where the input was wrong or something could not be written; 130 after Ctrl-C; 1 for an
-    error that it does not know. All but 0 come with one line on stderr. A reader that is gone (`| head`) is no error."""
+    error that it does not know. All but 0 come with one line on stderr. A reader that stops early (`| head`) is not an error."""
     out, err = (Output(stream) if stream is not None else None for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
         try:

@@ -102,7 +102,7 @@ def agreement(circuit: Circuit, scores: Effects | Mapping[str, Tensor], *, share
 
     A circuit of finer nodes is compared by its coarser view, `circuit.at("head")`.
 
-    Raises: TypeError for what is no circuit or no mapping; ValueError where nothing is in common, the shapes or layers are another
+    Raises: TypeError for what is not a circuit or mapping; ValueError where nothing is in common, the shapes or layers are another
     model's, a score is NaN or inf, or share is not 0 to 1.
     """
     check_types(agreement, locals())

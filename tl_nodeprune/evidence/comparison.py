@@ -27,7 +27,7 @@ class Comparison:
     nodes: a row per node that any of them keeps: node, granularity, layer, index, a column per circuit (whether it keeps it), and
         `kept_by`, how many do; those that most keep first.
     pairs: a row per pair of circuits a and b: kept_a, kept_b, shared, iou (intersection over union), of as many nodes of each granularity
-        drawn at random for both expected_iou, and p_value, the chance that these share as many or more (hypergeometric, one-sided).
+        sampled at random for both expected_iou, and p_value, the chance that these share as many or more (hypergeometric, one-sided).
     judged: a row per circuit and prompts: kl (nats), accuracy, exact_match, faithfulness, see `Evaluation`, and full_accuracy, the full
         model's; empty where no prompts were given.
     """
@@ -57,7 +57,7 @@ def compare(circuits: Mapping[str, Circuit], level: str | Iterable[str] = "head"
     everything does them all). `viz.compare` draws two circuits.
 
     Raises: ValueError for fewer than two circuits, a level that some circuit does not gate, circuits of other models or layers, model or
-    prompts without the other, and what `evaluate` raises; TypeError for what is no circuit or no prompts.
+    prompts without the other, and what `evaluate` raises; TypeError for what is not a circuit or prompts.
     """
     check_types(compare, locals())
     _check(circuits, Circuit, "circuits")

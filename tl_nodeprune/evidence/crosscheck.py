@@ -59,14 +59,14 @@ def activation_patching(
 
     Heads come from `transformer_lens.patching.get_act_patch_attn_head_out_all_pos`, which shows a bar of its own; with progress=False,
     and where it does not run (blocks without attention, a model in training mode), and for all other nodes, many nodes are patched in one
-    forward, each in rows of its own. Attached masks are left out for the while.
+    forward, each in rows of its own. Attached masks are left out during the call.
 
     granularities: those of "attn", "mlp", "head" that the model has by default; None: all; finer ones cost one row per node and prompt.
     metric: fn(logits [batch d_vocab], clean run's logits [batch d_vocab], prompts) -> [batch], at the answer positions.
     batch_size: rows (prompts x nodes) in one forward.
 
     Raises: ValueError for a granularity or direction that is unknown or that the model lacks, prompts that do not fit the model, a metric
-    that is the same on clean and corrupted prompts or not [batch]; TypeError for prompts that are no PromptPairs; RuntimeError where
+    that is the same on clean and corrupted prompts or not [batch]; TypeError for prompts that are not PromptPairs; RuntimeError where
     a circuit is applied or the model is in training mode with dropout; FloatingPointError for NaN or inf.
     """
     check_types(activation_patching, locals())

@@ -227,7 +227,7 @@ def add_node_masks(model: Any, granularities: str | Iterable[str] | None = None,
     Raises: ValueError for a granularity or layer that is unknown or that the model lacks, and for a model without one stack of blocks that
     add to the residual stream, or whose forward fails on three tokens; RuntimeError where other masks or a circuit are attached already,
     another thread is at work on the model, it is in training mode with dropout or gradient checkpointing, or in `torch.inference_mode()`;
-    TypeError for what is no TransformerLens model. Nothing is attached then.
+    TypeError for what is not a TransformerLens model. Nothing is attached then.
     """
     check_types(add_node_masks, locals())
     ledger_of(model).clear()

@@ -89,7 +89,7 @@ def read(model: Any, path: str | Path) -> NodeScores:
         return _scores(space, nodes, neurons, path)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, EOFError, OverflowError, pickle.UnpicklingError) as error:
         reraise_memory(error)
-        raise ValueError(f"{path} is no file of node scores for this model: {type(error).__name__}: {error}.") from error
+        raise ValueError(f"{path} is not a file of node scores for this model: {type(error).__name__}: {error}.") from error
 
 
 def board_count(scores: NodeScores, size: float | int) -> int:

@@ -216,7 +216,7 @@ def _take_off(attachment: Attachment, module: Any, of: Callable[[Any], Any] = la
 
 
 def ledger_of(model: Any) -> Ledger:
-    """What is on a model. Raises TypeError for what is no TransformerLens model."""
+    """What is on a model. Raises TypeError for what is not a TransformerLens model."""
     place = getattr(getattr(model, "blocks", model), "__dict__", {})
     if isinstance(found := place.get(_SLOT), Ledger):
         return found

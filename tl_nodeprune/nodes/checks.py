@@ -26,7 +26,7 @@ def check_types(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     """Raises TypeError that names the first argument of another type than the function's annotations say.
 
     given: the function's own `locals()`, at its first line. Where an annotation is `Any` nothing is asked, but of `model`, which must be
-    a TransformerLens model. True and False are no numbers, a class is no object of it, and a string is not several strings.
+    a TransformerLens model. True and False are not numbers, a class is not an object of it, and a string is not several strings.
     """
     for name, hint in _hints(function).items():
         if name in given and name != "return":
@@ -51,7 +51,7 @@ def check_plain(name: str, value: object) -> None:
 
 
 def check_model(model: object) -> None:
-    """Raises TypeError for what is no TransformerLens model."""
+    """Raises TypeError for what is not a TransformerLens model."""
     if not isinstance(model, nn.Module) or not hasattr(model, "hook_dict") or not hasattr(model, "cfg"):
         raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {_type(model)}; "
                         "TransformerBridge.boot_transformers(name) makes one.")
@@ -185,13 +185,13 @@ def check_counts(least: int = 1, **counts: object) -> None:
 
 
 def check_number(name: str, value: object, kind: type = Real) -> None:
-    """Raises TypeError for what is no number, or no whole one (Integral)."""
+    """Raises TypeError for what is not a number, or not a whole one (Integral)."""
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{name}={value!r}; it must be a {'whole ' if kind is Integral else ''}number.")
 
 
 def check_agreement(agreement: Any) -> None:
-    """Raises TypeError for what is no number, ValueError for no share; None is right."""
+    """Raises TypeError for what is not a number, ValueError for what is not a share; None is right."""
     if agreement is None:
         return
     check_number("agreement", agreement)
@@ -200,7 +200,7 @@ def check_agreement(agreement: Any) -> None:
 
 
 def check_several(name: str, given: Iterable[Any], example: str) -> tuple[Any, ...]:
-    """What was given as a tuple. Raises ValueError where it is empty or doubled."""
+    """What was given as a tuple. Raises ValueError where it is empty or given twice."""
     values = tuple(given)
     if not values:
         raise ValueError(f"{name} is empty; give one or more numbers, such as {example}.")
@@ -221,4 +221,4 @@ def check_finite(values: Tensor, what: str) -> None:
     """Raises FloatingPointError where a number is NaN or inf. what: they are, and of what."""
     if not values.isfinite().all():
         raise FloatingPointError(f"NaN or inf in {what}; nothing was changed. In half precision try float32, and check that the model runs "
-                                 "on these prompts. A logit of -inf is right only at tokens that are no answer and that never occur.")
+                                 "on these prompts. A logit of -inf is right only at tokens that are not an answer and never occur.")

@@ -22,7 +22,7 @@ def find_nodes(model: Any) -> NodeSpace:
     A granularity is there in a layer where the probe shows that changing its hook point does what closing such a node means, whatever
     the model is called: see `Probe`. `NodeSpace.lacking` says of the first layer that lacks one why.
 
-    Raises: TypeError where `model` is no TransformerLens model; ValueError where the forward fails, or the model has no single stack of
+    Raises: TypeError where `model` is not a TransformerLens model; ValueError where the forward fails, or the model has no single stack of
     `blocks` that add to the residual stream; RuntimeError in training mode with dropout, in which nothing seems to be a node.
     """
     ledger_of(model)  # names what is no model

@@ -236,7 +236,7 @@ class PromptPairs:
 
     @property
     def reach(self) -> int:
-        """Positions up to the last one that is no padding in some prompt."""
+        """Positions up to the last one that is not padding in some prompt."""
         assert self.attention_mask is not None
         return int(self.attention_mask.any(0).nonzero().max()) + 1
 
@@ -311,7 +311,7 @@ def read_rows(path: str | Path) -> dict[str, list[Any]]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -328,7 +328,7 @@ def read_rows(path: str | Path) -> dict[str, list[Any]]:
 
 
 def check_pairs(given: object, name: str = "prompts") -> None:
-    """Raises TypeError for what is no PromptPairs."""
+    """Raises TypeError for what is not a PromptPairs."""
     if not isinstance(given, PromptPairs):
         raise TypeError(f"{name} must be PromptPairs, got {type(given).__name__}; see PromptPairs.from_strings.")
 

@@ -1,4 +1,4 @@
-"""What the full model does on the pairs: whether it tells clean from corrupted at all, and whether the pairs work both ways round."""
+"""What the full model does on the pairs: whether it tells clean from corrupted at all, and whether the pairs work in both directions."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def _check_tail(model: Any, prompt: str, text: str, tail: list[int], long_answer
         raise ValueError(f"the prompt ends in a space, {prompt[-20:]!r}, and with the answer {text!r} it is read as other tokens; end the "
                          "prompt without the space and begin the answer with it.")
     if not tail:
-        raise ValueError(f"the answer {text!r} is no token of its own after {prompt[-20:]!r}: the two together are read as other tokens. "
+        raise ValueError(f"the answer {text!r} is not a token of its own after {prompt[-20:]!r}: together they are read as other tokens. "
                          "Is a leading space missing, or one too many? Otherwise choose other words.")
     if len(tail) > 1 and long_answers == "raise":
         words = ", ".join(repr(model.tokenizer.decode([token])) for token in tail)

@@ -99,7 +99,7 @@ def ioi(model: Any, n: int, seed: int) -> PromptPairs:
 
 def gendered_pronoun(model: Any, n: int, seed: int) -> PromptPairs:
     """`n` gendered-pronoun prompts ("So Mary is a really good friend, isn't" -> " she", not " he").
-    Corrupted: a name of the other gender, so that pairs can be searched on both ways round.
+    Corrupted: a name of the other gender, so that pairs can be searched on in both directions.
 
     Raises: ValueError where the model's tokenizer has too few of the names as single tokens.
     """

@@ -92,7 +92,7 @@ class Limits:
         """From counts (int) or shares (float) by granularity.
 
         Raises: ValueError where none is given, for a granularity that is unknown or not gated here and a number out of range; TypeError for
-        what is no number.
+        what is not a number.
         """
         totals = space.totals()
         gated = f"these masks gate {', '.join(totals)}"

@@ -42,7 +42,7 @@ class Checkpoint:
         try:
             nested.load({name: value.clone() for name, value in self._found.items() if name != "generator"})
         except KeyError as error:
-            raise ValueError(f"{self.path} is damaged: it lacks {error}; remove it to start anew.") from error
+            raise ValueError(f"{self.path} is damaged: it lacks {error}; remove it to start again.") from error
         generator.set_state(self._found["generator"].clone())
         return True
 
@@ -61,7 +61,7 @@ class Checkpoint:
                 run = json.loads((file.metadata() or {})["run"])
                 found = {name: file.get_tensor(name).clone() for name in file.keys()}
         except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{self.path} is damaged or no checkpoint of this library; remove it to start anew: {error}") from error
+            raise ValueError(f"{self.path} is damaged or not a checkpoint of this library; remove it to start again: {error}") from error
         other = [name for name in self.asked if run.get(name) != self.asked[name]]
         if other or "generator" not in found:
             raise ValueError(f"the checkpoint {self.path} is of another run: {', '.join(other)} differ. Give another folder, or remove it.")

@@ -47,7 +47,7 @@ def in_tasks(executor: Executor, run: Callable[[Any, W], R], model: Any, works: 
 
 
 class _OneAtATime:
-    """Makes a model for each thread. Copying or building a TransformerBridge changes the original and its class for the while, so
+    """Makes a model for each thread. Copying or building a TransformerBridge changes the original and its class meanwhile, so
     no two threads may do so at once, and none once the caller has its model back."""
 
     def __init__(self, make: Callable[[], Any]) -> None:

@@ -69,10 +69,10 @@ def prune(
     Where 7 clean prompts or more show no preference of the full model for the answer, no circuit is claimed: a warning, and `converged` is
     False. It also warns where some corrupted prompts are the same as the clean ones, and where the budget is not met or untested.
 
-    Raises: ValueError for a budget that is missing, doubled, not above 0, or of nodes that these masks do not gate, an agreement that is no
-    share or without max_kl, prompts that do not fit the model, that are all the same or held out and searched on, a loss without a
+    Raises: ValueError for a budget that is missing, given twice, not above 0, or of nodes that these masks do not gate, an agreement that
+    is not a share or without max_kl, prompts that do not fit the model, that are all the same or held out and searched on, a loss without a
     gradient, a start over other nodes or with an objective, a time limit that is not above 0, and a checkpoint of another run; TypeError
-    for what is no number or no PromptPairs; OSError for a checkpoint that cannot be written; RuntimeError where the masks are not attached,
+    for what is not a number or PromptPairs; OSError for a checkpoint that cannot be written; RuntimeError where the masks are not attached,
     another circuit is applied, the model is in training mode with dropout or gradient checkpointing, or it runs in
     `torch.inference_mode()`; FloatingPointError at the step where logits or the loss are NaN or inf. The model and the masks are then as
     before.

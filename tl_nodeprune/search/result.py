@@ -92,8 +92,8 @@ class PruneResult(Figured):
         max_kl: the smallest on the frontier within it, on the prompts held out; max_nodes: the largest of at most so many (a share or a
             count). finish: attached masks over the same nodes; the circuit is then cut finely and tested as by `prune`, on its prompts.
 
-        Raises: ValueError for a budget that is missing, doubled, out of range, or that no circuit of the frontier meets, a result that has
-        no frontier (an objective's, or one within limits by granularity), and masks over other nodes.
+        Raises: ValueError for a budget that is missing, given twice, out of range, or that no circuit of the frontier meets, a result that
+        has no frontier (an objective's, or one within limits by granularity), and masks over other nodes.
         """
         check_types(PruneResult.at, locals())
         check_counts(0, exact_tests=exact_tests)
@@ -110,7 +110,7 @@ class PruneResult(Figured):
         if fits.empty:
             given, have = (f"max_kl={max_kl}", f"KL {figures(table['kl'].min())}") if budget.smallest else (
                 f"max_nodes={max_nodes}", f"{int(table['nodes'].min())} nodes")
-            raise ValueError(f"no circuit of this run's frontier meets {given}; its lowest is {have}. Give finish=masks, or search anew.")
+            raise ValueError(f"no circuit of this run's frontier meets {given}; its lowest is {have}. Give finish=masks, or search again.")
         row = fits.iloc[0 if budget.smallest else -1]
         circuit = self.ranking.top(int(row["nodes"]))
         held = HeldOut(float(row["kl"]), float(row["low"]), float(row["high"]), float(row["accuracy"]), _different(self.held_out))

@@ -154,8 +154,8 @@ def sweep(
         forked ones. No result holds a model, and its tensors are on the CPU.
     progress: whether to show a bar over all runs.
 
-    Raises: ValueError for max_kl or seeds that are empty, doubled or out of range, steps or batch_size below 1, fewer than 2 prompts,
-    a share that is not between 0 and 1, an agreement that is no share; TypeError for what is of another type, and a model that the
+    Raises: ValueError for max_kl or seeds that are empty, given twice or out of range, steps or batch_size below 1, fewer than 2 prompts,
+    a share that is not between 0 and 1, an agreement that is not a share; TypeError for what is of another type, and a model that the
     executor's processes cannot be given; RuntimeError where node masks or a circuit are attached; all before any search begins. Then
     what `prune` raises; tasks not begun are cancelled.
     """

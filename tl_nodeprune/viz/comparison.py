@@ -23,7 +23,7 @@ def compare(circuit_a: HasCircuit, circuit_b: HasCircuit, *, names: tuple[str, s
     """What two circuits over the same nodes share: a map of heads (in both, in one, in neither), and the intersection over union of
     live nodes by layer and granularity; no number where neither has a node.
 
-    Raises: TypeError for what is no circuit or no mapping; ValueError where the two are over different nodes, or for scores or effects
+    Raises: TypeError for what is not a circuit or mapping; ValueError where the two are over different nodes, or for scores or effects
     of other hooks or shapes.
     """
     check_types(compare, locals())

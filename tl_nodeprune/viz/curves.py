@@ -101,7 +101,7 @@ def agreement(circuit: HasCircuit, effects: Values, *, scores: Values | None = N
     effect to the smallest, coloured by whether the circuit keeps them. Where the two agree all kept nodes stand at the left.
 
     AUROC: the chance that a kept node has a larger absolute effect than a pruned one, ties half; 0.5 by chance.
-    Raises: TypeError for what is no circuit or no mapping; ValueError for effects or scores of other hooks or shapes.
+    Raises: TypeError for what is not a circuit or mapping; ValueError for effects or scores of other hooks or shapes.
     """
     check_types(agreement, locals())
     circuit = circuit_of(circuit)

@@ -44,7 +44,7 @@ def circuit_graph(circuit: HasCircuit, *, scores: Values | None = None, effects:
     share of its dims or neurons that is live. An attention block stands for its heads where no head is gated, a layer for what is not
     gated in it.
 
-    Raises: TypeError for what is no circuit or no mapping; ValueError for an empty circuit, or scores or effects of other hooks or shapes.
+    Raises: TypeError for what is not a circuit or mapping; ValueError for an empty circuit, or scores or effects of other hooks or shapes.
     """
     check_types(circuit_graph, locals())
     circuit = circuit_of(circuit)

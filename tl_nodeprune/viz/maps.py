@@ -39,7 +39,7 @@ def mask_map(circuit: HasCircuit, *, scores: Values | None = None, effects: Valu
     """What is live, layer by layer: a heatmap of heads (share of each head's dims), and one of the live share of every granularity:
     blocks are there or not, of heads and neurons it is the share of the layer's.
 
-    Raises: TypeError for what is no circuit or no mapping; ValueError for scores or effects of other hooks or shapes.
+    Raises: TypeError for what is not a circuit or mapping; ValueError for scores or effects of other hooks or shapes.
     """
     check_types(mask_map, locals())
     circuit = _checked(circuit, scores, effects)

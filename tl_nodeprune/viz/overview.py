@@ -43,7 +43,7 @@ def overview(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, task: str
     prompts: judged on (`evaluate`), the first 64 of them explained (`explain`); the first is shown token by token. task, command: said at
     the top, with what `circuit.about` knows. A PruneResult adds what it has on prompts held out, its frontier and history, and its scores
     where none are given; a Report its verdicts.
-    Raises: TypeError for what is no circuit or no PromptPairs; ValueError where something does not fit the model or the circuit;
+    Raises: TypeError for what is not a circuit or PromptPairs; ValueError where something does not fit the model or the circuit;
     RuntimeError where a circuit is applied.
     """
     check_types(overview, locals())

@@ -31,7 +31,7 @@ def kept_neurons(model: Any, circuit: HasCircuit, prompts: PromptPairs, *, promp
     prompt: which of the prompts. most: neurons shown at most, those of the largest absolute activation on either prompt, over all
     layers, fewer of a very long prompt; the caption says what is left out.
     Raises: ValueError where the circuit has no live MLP neuron, or the circuit or the prompt does not fit the model, or there is
-    no such prompt; TypeError for what is no circuit or no PromptPairs; RuntimeError where a circuit is applied.
+    no such prompt; TypeError for what is not a circuit or PromptPairs; RuntimeError where a circuit is applied.
     """
     check_types(kept_neurons, locals())
     return _strongest_neurons(model, circuit, prompts, prompt, most, live=True)

@@ -153,7 +153,7 @@ def node_table(circuit: HasCircuit, *, scores: Values | None = None, effects: Va
     """A row per node, coarse to fine: node (as "head 9.6"), granularity, layer, index (within the layer), score and effect where given.
 
     live: only what the circuit keeps; False: all nodes, with a column "live".
-    Raises: TypeError for what is no circuit or no mapping; ValueError for scores or effects of other hooks or shapes.
+    Raises: TypeError for what is not a circuit or mapping; ValueError for scores or effects of other hooks or shapes.
     """
     check_types(node_table, locals())
     circuit = circuit_of(circuit)

@@ -55,7 +55,7 @@ def test_a_file_with_another_account_is_damaged(toy: Toy, tmp_path: Path, text: 
     new += b" " * (-len(new) % 8)
     whole = len(new).to_bytes(8, "little") + new + old[8 + length:]
     path.write_bytes(whole.replace(b"0" * 64, hashlib.sha256(whole).hexdigest().encode(), 1))
-    with pytest.raises(ValueError, match=r"c\.safetensors is damaged or no circuit"):
+    with pytest.raises(ValueError, match=r"c\.safetensors is damaged or not a circuit"):
         tlnp.Circuit.load(path)
 
 

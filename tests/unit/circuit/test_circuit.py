@@ -80,7 +80,7 @@ def test_files_that_are_no_circuit(circuit: tlnp.Circuit, tmp_path: Path) -> Non
     with pytest.raises(FileNotFoundError):
         tlnp.Circuit.load(tmp_path)  # a folder
     path.write_text("plain text, and long enough to be taken for a header\n" * 5)
-    with pytest.raises(ValueError, match="damaged or no safetensors file"):
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
         tlnp.Circuit.load(path)
     for header in (None, {"format": "pt"}):
         safetensors.torch.save_file({"weight": torch.ones(3)}, path, header)

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, by every function that writes one, and never over what is no regular file."""
+"""Files are written whole or not at all, by every function that writes one, and never over what is not a regular file."""
 
 from __future__ import annotations
 

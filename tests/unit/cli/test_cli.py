@@ -36,7 +36,7 @@ def rows() -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize(("change", "text"), [
-    ({"--task": "chess"}, "'chess' is no task (ioi, gendered_pronoun, greater_than) and no file"),
+    ({"--task": "chess"}, "'chess' is neither a task (ioi, gendered_pronoun, greater_than) nor a file"),
     ({"--task": "missing.jsonl"}, "'missing.jsonl'"),
     ({"--max-kl": "-1"}, "--max-kl -1.0"),
     ({"--max-kl": "nan"}, "nan"),
@@ -297,10 +297,10 @@ def test_show_writes_a_page(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(("change", "text"), [
     ({"circuit": "missing.safetensors"}, "there is no file 'missing.safetensors'"),
-    ({"circuit": __file__}, "is damaged or no safetensors file"),
+    ({"circuit": __file__}, "is damaged or not a safetensors file"),
     ({"--html": str(Path(__file__).parent)}, "is a folder; give the name of a file"),
     ({"--html": __file__ + "/page.html"}, "test_cli.py' is a file"),
-    ({"--task": "chess"}, "'chess' is no task"),
+    ({"--task": "chess"}, "'chess' is neither a task"),
     ({"--prompts": "0"}, "--prompts=0; it must be a whole number, 1 or more"),
     ({"--model": "no/model", "--seed": "-1"}, "seed=-1"),
     ({"--model": "no/model", "--device": "meta"}, "--device 'meta' cannot compute here"),
@@ -402,7 +402,7 @@ def test_report_explain_and_compare(toy: Toy, tmp_path: Path, capsys: pytest.Cap
     (["rank", "--granularities", "heads"], "unknown granularity 'heads'"), (["rank", "--out", ""], "--out is ''; give a name"),
     (["evaluate", "c.safetensors", "--device-map", "auto", "--device", "meta"], "--device-map 'auto' goes without --device"),
     (["evaluate", "c.safetensors", "--revision", "main"], "the embedded model 'toy' has no --revision"),
-    (["compare", "a=c.safetensors", "c.safetensors"], "'c.safetensors' is no circuit with a name; give NAME=FILE"),
+    (["compare", "a=c.safetensors", "c.safetensors"], "'c.safetensors' is not a circuit with a name; give NAME=FILE"),
     (["compare", "a=c.safetensors", "a=c.safetensors"], "two of the circuits have one name"),
     (["compare", "a=c.safetensors", "b=c.safetensors", "--out", "link.csv"], "'link.csv' is a symbolic link"),
 ])

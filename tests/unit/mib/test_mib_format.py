@@ -102,7 +102,7 @@ def test_edges_leave_every_kept_node_and_no_other(toy: Toy, tmp_path: Path, monk
 
 
 def test_the_boards_own_files(toy: Toy, tmp_path: Path) -> None:
-    """Attributions of theirs: scores of neurons alone, edges' scores, NaN for input."""
+    """The board's attributions: scores of neurons alone, edges' scores, NaN for input."""
     neurons = torch.rand(16, 96, generator=torch.Generator().manual_seed(0)) - 0.5
     neurons[0] = torch.nan
     cfg = {"n_layers": 3, "n_heads": 4, "parallel_attn_mlp": False, "d_model": 96}
@@ -122,11 +122,11 @@ def test_the_boards_own_files(toy: Toy, tmp_path: Path) -> None:
                       (common | {"nodes_scores": nodes.masked_fill(torch.arange(16) == 2, torch.nan)}, "NaN or inf"), ([1], "TypeError"),
                       (common | {"nodes_scores": nodes.masked_fill(torch.arange(16) == 2, torch.inf)}, "NaN or inf")):
         torch.save(bad, tmp_path / "bad.pt")
-        with pytest.raises(ValueError, match=f"bad.pt is no file of node scores for this model: .*{text}"):
+        with pytest.raises(ValueError, match=f"bad.pt is not a file of node scores for this model: .*{text}"):
             tlnp.mib.read(toy[0], tmp_path / "bad.pt")
     for data in (b"", b"PK", b"\x80\x02cos\nsystem\n.", (tmp_path / "nodes.pt").read_bytes()[:-99]):
         (tmp_path / "bad.pt").write_bytes(data)
-        with pytest.raises(ValueError, match="bad.pt is no file of node scores for this model"):
+        with pytest.raises(ValueError, match="bad.pt is not a file of node scores for this model"):
             tlnp.mib.read(toy[0], tmp_path / "bad.pt")
 
 
@@ -197,5 +197,5 @@ def test_what_cannot_be_read_is_named(toy: Toy, other_model: Any, tmp_path: Path
     del content["nodes"]["a1.h2"]
     for text in (json.dumps(content), "{", "[]", "[" * 10**5, "3", path.read_text()[:200]):
         path.write_text(text)
-        with pytest.raises(ValueError, match=f"{path.name} is no file of node scores for this model"):
+        with pytest.raises(ValueError, match=f"{path.name} is not a file of node scores for this model"):
             tlnp.mib.read(toy[0], path)

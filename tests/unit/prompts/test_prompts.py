@@ -282,7 +282,7 @@ def test_jsonl_is_utf8_with_line_feeds_between_rows(toy: Toy, tmp_path: Path) ->
     path.write_text(json.dumps(ROW | {"clean": ROW["clean"].replace(" ", "\u2028", 1)}, ensure_ascii=False), encoding="utf-8")
     assert len(tlnp.PromptPairs.from_jsonl(toy[0], path)) == 1  # a line separator within a JSON string ends no line
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"task\.jsonl is no UTF-8 text"):
+    with pytest.raises(ValueError, match=r"task\.jsonl is not UTF-8 text"):
         tlnp.PromptPairs.from_jsonl(toy[0], path)
 
 

@@ -143,7 +143,7 @@ def test_answers_of_several_tokens(model: Any) -> None:
 
 def test_what_is_no_continuation_is_refused(model: Any) -> None:
     read = lambda clean, answer: tlnp.PromptPairs.from_strings(model, [clean], [clean], [answer], [" he"])  # noqa: E731
-    with pytest.raises(ValueError, match="prompt 0: the answer '' is no token of its own after 'So Mary is a'"):
+    with pytest.raises(ValueError, match="prompt 0: the answer '' is not a token of its own after 'So Mary is a'"):
         read("So Mary is a", "")
     encode = lambda text: model.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     if encode("So Mary is ") == encode("So Mary is"):  # spaces are dropped

@@ -99,13 +99,13 @@ def test_a_damaged_file_is_named(toy: Toy, tmp_path: Path, damage: Any) -> None:
     pruned(toy, breaks_at=8, checkpoint=tmp_path)
     path = tmp_path / "search.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match="search.safetensors is damaged or no checkpoint of this library; remove it to start anew"):
+    with pytest.raises(ValueError, match="search.safetensors is damaged or not a checkpoint of this library; remove it to start again"):
         pruned(toy, checkpoint=tmp_path)
 
 
 def test_a_circuits_file_is_no_checkpoint(toy: Toy, tmp_path: Path) -> None:
     tlnp.Circuit.full(tlnp.nodes.probe.find_nodes(toy[0])).save(tmp_path / "search.safetensors")
-    with pytest.raises(ValueError, match="is damaged or no checkpoint of this library"):
+    with pytest.raises(ValueError, match="is damaged or not a checkpoint of this library"):
         pruned(toy, checkpoint=tmp_path)
 
 

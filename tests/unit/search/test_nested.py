@@ -20,7 +20,7 @@ COARSE = ("head", "mlp")
 
 def trained(toy: Toy, steps: int, *, granularities: tuple[str, ...] | None = COARSE, ablation: str = "interchange", seed: int = 0,
             step_prompts: int = 5, limits: dict[str, int] | None = None, until: int | None = None, given: bool = False) -> Nested:
-    """given: from scores drawn at random, not the landscape's effects."""
+    """given: from scores sampled at random, not the landscape's effects."""
     landscape = landscape_of(toy, granularities, ablation)
     nested = Nested(landscape, steps=steps, step_prompts=step_prompts, generator=torch.Generator().manual_seed(seed),
                     limits=Limits.of(landscape.space, limits) if limits else None)

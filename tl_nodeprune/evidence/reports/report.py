@@ -58,7 +58,7 @@ def report(
 
     Raises: ValueError where circuit or prompts do not fit the model, an ablation was not fitted, corrupted prompts are missing where
     the ablation needs them (all the same as the clean ones), ablating all nodes changes nothing (a constant metric), or a number is out
-    of range; TypeError for what is no Circuit or PromptPairs; RuntimeError where a circuit is applied or the model is in training mode
+    of range; TypeError for what is not a Circuit or PromptPairs; RuntimeError where a circuit is applied or the model is in training mode
     with dropout; FloatingPointError for NaN or inf logits.
     """
     check_types(report, locals())
