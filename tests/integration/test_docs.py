@@ -8,6 +8,7 @@ import pkgutil
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -183,11 +184,50 @@ def test_docstrings_become_lists() -> None:
     assert as_markdown(text, {"steps": " (`int`)", "seed": ""}) == want.replace("`steps`", "`steps` (`int`)")
 
 
-def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; to build it without a warning is a test in itself."""
     for module in ("mkdocs", "material", "mkdocstrings_handlers.python", "mkdocs_jupyter"):
         pytest.importorskip(module, reason=f"{module} is not installed; it is in the docs extra")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", ".mkdocs.yml", "-d", str(tmp_path)]
+    built = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", ".mkdocs.yml", "-d", str(built)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
     assert run.returncode == 0, run.stdout + run.stderr
     assert "WARNING" not in run.stdout + run.stderr
-    assert 'id="tl_nodeprune.search.prune.prune"' in (tmp_path / "reference" / "search.html").read_text(encoding="utf-8")
+    return built
+
+
+def test_site_has_the_reference(site: Path) -> None:
+    assert 'id="tl_nodeprune.search.prune.prune"' in (site / "reference" / "search.html").read_text(encoding="utf-8")
+
+
+def test_a_page_of_the_site_loads_nothing_from_a_network(site: Path) -> None:
+    for name in ("index.html", "how-to/budget.html"):
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]* src="([^"]*)"', (site / name).read_text(encoding="utf-8"))
+        assert loaded and not [target for target in loaded if "//" in target]
+
+
+def test_search_works_in_a_site_opened_from_a_folder(site: Path) -> None:
+    assert "interchange" in (site / "search" / "search_index.js").read_text(encoding="utf-8")
+    pytest.importorskip("selenium.webdriver", reason="selenium is not installed; it is in the dev extra")
+    from selenium.common.exceptions import WebDriverException
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("chromium and chromedriver are not installed; on Debian: apt-get install chromium chromium-driver")
+    try:
+        driver = runpy.run_path(str(ROOT / "docs" / "tools" / "notebooks.py"))["browser"]()
+    except WebDriverException as error:
+        pytest.skip(f"chromium does not start: {error.msg}")
+    try:
+        driver.set_window_size(1300, 900)
+        driver.get((site / "how-to" / "budget.html").as_uri())
+        box = driver.find_element("css selector", "input.md-search__input")
+        driver.execute_script("document.querySelector('[data-md-toggle=search]').click(); arguments[0].focus()", box)
+        WebDriverWait(driver, 10).until(lambda _: box.is_displayed())
+        box.send_keys("interchange")
+        found = WebDriverWait(driver, 20).until(lambda _: driver.find_elements("css selector", ".md-search-result__item a"))
+        targets = {Path(link.get_attribute("href").removeprefix("file://").partition("#")[0].partition("?")[0]) for link in found}
+        assert len(targets) > 2 and all(target.is_file() for target in targets)
+    finally:
+        driver.quit()
