@@ -144,7 +144,7 @@ def _show_page(args: argparse.Namespace) -> None:
     prompts = prompts_of(args, model)
     make_folder("--html", args.html.parent)
     _write_page(args.html, model, circuit, prompts, Path(args.task).stem, effects=not args.no_effects, command=args.line,
-                note="Prompts that the circuit was searched on flatter it. The page that `tl-nodeprune prune --html` writes is on others.")
+                note="Figures on the prompts of the search are too good. The page that `tl-nodeprune prune --html` writes is on others.")
     _say_page(args.html)
 
 

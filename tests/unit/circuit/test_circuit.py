@@ -84,7 +84,7 @@ def test_files_that_are_no_circuit(circuit: tlnp.Circuit, tmp_path: Path) -> Non
         tlnp.Circuit.load(path)
     for header in (None, {"format": "pt"}):
         safetensors.torch.save_file({"weight": torch.ones(3)}, path, header)
-        with pytest.raises(ValueError, match=f"no circuit of this library: its format is {(header or {}).get('format')!r}"):
+        with pytest.raises(ValueError, match=f"not a circuit of this library: its format is {(header or {}).get('format')!r}"):
             tlnp.Circuit.load(path)
 
 

@@ -101,7 +101,7 @@ def test_prune_writes_both_files(toy: Toy, tmp_path: Path, capsys: pytest.Captur
     assert main(["prune", "--model", "toy", "--task", str(task), *options]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["circuit.safetensors", "page.html", "report.json"]
     page = (out / "page.html").read_text(encoding="utf-8")
-    assert "The search: KL" in page and "score %{customdata" in page and "Prompts that the circuit was searched on flatter it" not in page
+    assert "The search: KL" in page and "score %{customdata" in page and "Figures on the prompts of the search are too good" not in page
     report, circuit = json.loads((out / "report.json").read_text()), tlnp.Circuit.load(out / "circuit.safetensors")
     circuit.check_fits(toy[0])
     assert report["live"] == circuit.count() and report["settings"]["max_kl"] == 0.2 and 0 < circuit.size < circuit.size_total
@@ -292,7 +292,7 @@ def test_show_writes_a_page(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixt
     assert str(html) in capsys.readouterr().out and [path.name for path in html.parent.iterdir()] == ["c.html"]
     assert f"Leaf nodes live: {circuit.size:,}" in page and "Task: ioi" in page and "AUROC" in page and '"mlp_neuron 2.383"' in page
     assert main(["show", str(tmp_path / "c.safetensors"), "--model", "toy", "--task", "ioi", "--html", str(html), "--no-effects"]) == 0
-    assert "AUROC" not in html.read_text(encoding="utf-8") and "Prompts that the circuit was searched on flatter it" in page
+    assert "AUROC" not in html.read_text(encoding="utf-8") and "Figures on the prompts of the search are too good" in page
 
 
 @pytest.mark.parametrize(("change", "text"), [
