@@ -20,9 +20,9 @@ test-slow: install
 lint: install
 	$(RUN) -m ruff check . && $(RUN) -m mypy && $(VENV)/bin/lint-imports
 
-docs: install  # into out/site; EXECUTE=true runs the notebooks for their outputs
+docs: install  # into out/site
 	$(RUN) -m pip install --quiet --editable ".[docs]"
-	NO_MKDOCS_2_WARNING=1 PLOTLY_RENDERER=notebook $(RUN) -m mkdocs build --strict --quiet -f .mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet -f .mkdocs.yml
 
 bench: install
 	$(RUN) tests/benchmarks/cost.py

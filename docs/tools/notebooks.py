@@ -1,7 +1,7 @@
 """Runs the notebooks of demos/ and writes them back with light outputs.
 
-`python docs/tools/notebooks.py [NAME ...]`, after a change to a notebook or to what it shows; without names all of them. Text and tables stay as
-they came; figures and token views become PNG images, taken in Chromium; progress bars and what else goes to stderr is dropped. The
+`python docs/tools/notebooks.py [NAME ...]`, after a change to a notebook or to what it shows; without names all of them. Text and tables
+stay as they came; figures and token views become PNG images, taken in Chromium; what goes to stderr is dropped. The
 hash of the code that was run is kept in the metadata, so that a test can tell code that was changed since.
 """
 
@@ -38,13 +38,13 @@ def source_hash(notebook: Notebook) -> str:
     return hashlib.sha256(json.dumps(code).encode()).hexdigest()[:16]
 
 
-def executed(path: Path, folder: str) -> Notebook:
-    """The notebook's outputs, made in a folder of its own."""
+def executed(path: Path) -> Notebook:
+    """The notebook with its outputs, run where it lies: what it writes there is ignored by git."""
     import nbformat
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(DEMOS)}}).execute()
     return json.loads(nbformat.writes(notebook))  # type: ignore[no-any-return]
 
 
@@ -73,7 +73,7 @@ def _light(output: dict[str, Any], browser: Any) -> dict[str, Any]:
         figure = io.from_json(json.dumps(data[FIGURE]), skip_invalid=True)
         page = io.to_html(figure, include_plotlyjs=True, config={"displayModeBar": False})
     if FIGURE in data or "<script" in page:
-        output["data"] = {"image/png": picture(page, browser)}
+        output |= {"data": {"image/png": picture(page, browser)}, "metadata": {}}
     elif "text/plain" in data:
         data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", "".join(data["text/plain"])).splitlines(keepends=True)
     return output
@@ -96,7 +96,8 @@ def picture(html: str, driver: Any) -> str:
 
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "page.html"
-        page.write_text(f'<meta charset="utf-8"><style>body{{margin:8px;background:#fff}}</style><div id="all">{html}</div>', encoding="utf-8")
+        style = '<meta charset="utf-8"><style>body{margin:8px;background:#fff}</style>'
+        page.write_text(f'{style}<div id="all">{html}</div>', encoding="utf-8")
         driver.set_window_size(WIDTH, 600)
         driver.get(page.as_uri())
         time.sleep(2)
@@ -113,8 +114,7 @@ def main() -> None:
     try:
         for name in names:
             path = DEMOS / f"{name}.ipynb"
-            with tempfile.TemporaryDirectory() as folder:
-                notebook = light(executed(path, folder), driver)
+            notebook = light(executed(path), driver)
             write(notebook, path)
             sizes = [len(base64.b64decode(output["data"]["image/png"])) // 1000 for cell in notebook["cells"]
                      for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
