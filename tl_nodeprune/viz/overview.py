@@ -25,7 +25,7 @@ _TERMS = TERMS | {
     "leaf node": "a node with nothing, or not everything, gated below it: sizes count these. Finer than heads and MLPs are attention "
                  "neurons (one dimension of a head), MLP neurons, and MLP output dims",
     "live": "kept, with everything above it kept",
-    "held out": "prompts that the search never saw. Figures on the prompts searched on flatter the circuit",
+    "held out": "prompts that the search never saw. On the prompts searched on, figures are better than that",
     "converged": "the circuit is within its budget on the prompts held out, with a margin for chance",
     "faithfulness": "the share of the logit difference, from the ablated to the full model, that the circuit keeps",
     "accuracy": "share of prompts with the answer's logit above that of the wrong answer",
