@@ -75,7 +75,7 @@ def test_an_answer_that_never_occurs_is_named(toy: Toy) -> None:
     model, prompts = toy
     circuit = tlnp.Circuit.full(find_nodes(model).restrict(HEADS))
     with logits_changed(model, lambda x: x.index_fill(-1, prompts.answers[:1], -math.inf)):
-        with pytest.raises(FloatingPointError, match="NaN or inf in the logit difference.*no answer"):
+        with pytest.raises(FloatingPointError, match="NaN or inf in the logit difference.*not an answer"):
             tlnp.evaluate(model, circuit, prompts)
 
 

@@ -25,7 +25,7 @@ class MaskedModel:
     def __init__(self, model: Any, prompts: PromptPairs, ablation: Ablation, hooks: Sequence[str], *, batch_size: int = 64,
                  sliced: bool = False) -> None:
         self.model, self.prompts, self.ablation, self.hooks = model, prompts, ablation, hooks
-        self.batch_size, self.sliced = batch_size, sliced
+        self.batch_size, self.sliced = int(batch_size), sliced
 
     def logits(self, rows: Int[Tensor, "row"], masks: Mapping[str, Tensor] | None = None, stand_ins: Mapping[str, Tensor] | None = None, *,
                also: Sequence[tuple[str, HookFn]] = (), of: str = "the circuit") -> Float[Tensor, "row d_vocab"]:

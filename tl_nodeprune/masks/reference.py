@@ -25,7 +25,7 @@ class Reference(MaskedModel):
     def __init__(self, model: Any, prompts: PromptPairs, ablation: Ablation, hooks: Sequence[str], *, full: Tensor | None = None,
                  batch_size: int = 64, cache_bytes: int = 2 << 30) -> None:
         sliced = can_slice(model, prompts.clean, positions(prompts))
-        super().__init__(model, prompts, ablation, hooks, batch_size=int(batch_size), sliced=sliced)
+        super().__init__(model, prompts, ablation, hooks, batch_size=batch_size, sliced=sliced)
         self.full = self.all_logits(of="the full model") if full is None else full
         check_logits(self.full, "the full model")
         self.bytes_per_prompt = self._bytes_per_prompt()
