@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tl_nodeprune.circuit import Circuit
 from tl_nodeprune.evidence.units import Unit, closed
-from tl_nodeprune.nodes import HOOKS, Attachment, GateKey, HookFn, answer_logits, mask_hooks
+from tl_nodeprune.masks import MaskedModel
+from tl_nodeprune.nodes import HOOKS, Attachment, GateKey, HookFn
 from tl_nodeprune.prompts import PromptPairs, positions
 
 Keep = Callable[[Tensor], Tensor]
@@ -25,10 +26,11 @@ class CircuitRun:
     """
 
     def __init__(self, model: Any, circuit: Circuit, prompts: PromptPairs, cuts: Sequence[Unit] = (), *, sliced: bool = False) -> None:
-        self.model, self.circuit, self.prompts, self.sliced = model, circuit, prompts, sliced
+        self.model, self.circuit, self.prompts = model, circuit, prompts
         without = closed(circuit, cuts)
         self.hooks = [hook for hook in circuit if not bool((circuit[hook] == 1).all() and (without[hook] == 1).all())]
-        self._stand_ins = circuit.ablation.values(model, prompts, self.hooks)
+        self._masked = MaskedModel(model, prompts, circuit.ablation, self.hooks, batch_size=len(prompts), sliced=sliced)
+        self._stand_ins = self._masked.stand_ins(torch.arange(len(prompts)))
 
     def __call__(self, *, without: Sequence[Unit] = (), keep: Mapping[str, Keep] | None = None,
                  then: Sequence[tuple[str, HookFn]] = (), times: int = 1, freeze: bool = False
@@ -38,16 +40,14 @@ class CircuitRun:
         without: units cut from the circuit. then: hooks that run after the circuit's own. keep: by hook name, what to take of the
         activation, after all of these. freeze: no weight takes part in a gradient.
         """
-        device = self.prompts.clean.device
         circuit = closed(self.circuit, without) if without else self.circuit
-        masks = {hook: circuit[hook].to(device) for hook in self.hooks}
-        own = mask_hooks(self.hooks, masks.__getitem__, lambda hook: self._repeated(self._stand_ins[hook], times))
+        masks = {hook: circuit[hook] for hook in self.hooks}
+        stand_ins = {hook: self._repeated(value, times) for hook, value in self._stand_ins.items()}
         seen: dict[str, Tensor] = {}
         takers = [(name, _taker(seen, name, take)) for name, take in (keep or {}).items()]
-        with Attachment(self.model, lambda: [*own, *then, *takers], freeze=freeze).on():
-            logits = answer_logits(self.model, self.prompts.clean.repeat(times, 1), positions(self.prompts).repeat(times), self.sliced,
-                                   of="the circuit")
-        return logits, seen
+        with Attachment(self.model, freeze=freeze).on():
+            rows = torch.arange(len(self.prompts)).repeat(times)
+            return self._masked.logits(rows, masks, stand_ins, also=[*then, *takers]), seen
 
     def stand_in(self, hook: str) -> Tensor:
         """What a closed node at a hook point takes. Raises KeyError where it is not held."""
