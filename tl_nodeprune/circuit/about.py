@@ -25,7 +25,7 @@ class About:
     of them with the answer preferred; held_out: how many they are, searched: how many the search had. converged: see `PruneResult`.
     seed: of the search. versions: of this library, TransformerLens and torch, by name.
 
-    Raises: ValueError for figures that are not finite an interval without two ends, or counts below 0; TypeError for other types.
+    Raises: ValueError for figures that are not finite, an interval without two ends, or counts below 0; TypeError for other types.
     """
 
     __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid")

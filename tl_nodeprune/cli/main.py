@@ -31,10 +31,10 @@ from tl_nodeprune.cli.inputs import (
 )
 from tl_nodeprune.cli.output import VERDICTS, as_json, show
 from tl_nodeprune.evidence import COARSE, activation_patching
-from tl_nodeprune.masks import add_node_masks, as_ablation
+from tl_nodeprune.masks import as_ablation
 from tl_nodeprune.nodes import GRANULARITIES, check_agreement, check_counts, check_granularities
 from tl_nodeprune.prompts import PromptPairs, tasks
-from tl_nodeprune.search import CHECKPOINT, PruneResult
+from tl_nodeprune.search import CHECKPOINT, PruneResult, prune
 from tl_nodeprune.viz import overview, save_html
 
 _PATCHED = 32  # prompts that effects of single nodes are measured on
@@ -48,6 +48,7 @@ examples:
   tl-nodeprune prune --model gpt2 --task prompts.jsonl --max-nodes 20 --granularities head mlp --out results
   tl-nodeprune show results/circuit.safetensors --model gpt2 --task ioi --html circuit.html
   tl-nodeprune evaluate results/circuit.safetensors --model gpt2 --task ioi
+  tl-nodeprune explain results/circuit.safetensors --model gpt2 --task ioi
   tl-nodeprune report results/circuit.safetensors --model gpt2 --task ioi --out report.md
   tl-nodeprune rank --model gpt2 --task ioi --granularities head mlp --out scores.csv
   tl-nodeprune compare ioi=a/circuit.safetensors pronoun=b/circuit.safetensors
@@ -231,13 +232,9 @@ def _make_outputs(args: argparse.Namespace) -> None:
 def _find(model: Any, train: PromptPairs, test: PromptPairs, *, granularities: Sequence[str] | None = None,
           layers: Sequence[int] | None = None, ablation: str = "interchange", **search: Any) -> tuple[PruneResult, str]:
     """A search that is judged on `test`, and why it does not converge."""
-    masks = add_node_masks(model, granularities, layers, ablation)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            result = masks.prune(train, held_out=test, **search)
-    finally:
-        masks.remove()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        result = prune(model, train, held_out=test, granularities=granularities, layers=layers, ablation=ablation, **search)
     why = [str(warning.message) for warning in caught if str(warning.message).startswith(VERDICTS)]
     pass_on(warning for warning in caught if str(warning.message) not in why)
     return result, " ".join(why)

@@ -245,7 +245,6 @@ def add_node_masks(model: Any, granularities: str | Iterable[str] | None = None,
 def make_node_masks(model: Any, granularities: str | Iterable[str] | None = None, layers: int | Iterable[int] | None = None,
                     ablation: str | Ablation = "interchange", *, gate: Gate | None = None) -> NodeMasks:
     """What `add_node_masks` attaches, not attached. Raises what that raises, and RuntimeError where any masks are attached."""
-    as_ablation(ablation)
     _check_free(model)
     return _masks_for(model, granularities, layers, ablation, gate)
 
