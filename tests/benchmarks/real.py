@@ -123,6 +123,7 @@ def speed(case: Case) -> None:
     prompts = shapes.random_prompts(case.options.shape, n, device) if case.options.shape else case.sides[0]
     with attached(case.model) as masks, masks.inactive():
         land = case.land(masks, prompts)
+        land.try_half()
         nested = Nested(land, steps=10**6, step_prompts=n, generator=torch.Generator().manual_seed(0))
         nested.state["scores"].copy_(torch.randn(land.n, generator=torch.Generator().manual_seed(0)))
         some = prompts[:n]

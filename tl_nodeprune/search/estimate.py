@@ -98,6 +98,7 @@ def _measured(masks: NodeMasks, searched: PromptPairs, held: PromptPairs, settin
     turned = len(run.searched.prompts) / few
     set_up = (time.perf_counter() - began) / few * (len(searched) * turned + len(held))
     land, rows = run.landscape, torch.arange(min(few, run.landscape.n_prompts))
+    land.try_half()
     step, saved = _step(land, rows)
     forward = _timed(lambda: land.losses(torch.ones(1, land.n, dtype=torch.float32) * 0.5, rows)) / len(rows)
     n_prompts, sizes = round(len(searched) * turned), len(run.sizes())

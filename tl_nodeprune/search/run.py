@@ -164,7 +164,6 @@ class Run:
         for landscape in self.landscapes:
             landscape.passed = progress.passed
             landscape.constants = self.landscapes[0].constants  # those learned on the prompts searched
-        self.landscape.try_half()
         self.order = torch.zeros(self.landscape.n, device=self.landscape.device, dtype=torch.float32)
         self.trace, self.cut_short = torch.zeros(0, 3, dtype=torch.float32), False
         self.by_kl = budget.loss is kl_divergence
@@ -201,6 +200,7 @@ class Run:
         to_come = 2 * measured + expected_forwards(self.landscape) if self.held is not None else 0
         progress.plan(STEP_COST * (steps * nested.batch + len(PATH) * min(PATH_PROMPTS, self.landscape.n_prompts)) + to_come)
         progress.stage("ordering all nodes")
+        self.landscape.try_half()
         if checkpoint is None or not checkpoint.restore(nested, self.generator):
             nested.begin()
         while nested.done < steps and not (progress.over(TRAINING) and nested.done):

@@ -12,9 +12,50 @@ from landscapes import all_rows, circuit_of, landscape_of, random_kept
 import tl_nodeprune as tlnp
 from tl_nodeprune.circuit.conversion import leaves_of
 from tl_nodeprune.masks.landscape import circuits_of
+from tl_nodeprune.nodes.attachment import temporary_hooks
 from tl_nodeprune.nodes.space import GateKey
 
 Toy = tuple[Any, tlnp.PromptPairs]
+
+
+@pytest.fixture()
+def able(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any CPU runs bfloat16 under autocast, if slowly."""
+    monkeypatch.setattr("tl_nodeprune.masks.landscape._fast_at_half", lambda device: True)
+
+
+def test_bfloat16_is_for_gradients_alone(frozen_toy: Toy, able: None) -> None:
+    landscape = landscape_of(frozen_toy)
+    rows, flat = all_rows(landscape), torch.full((landscape.n_prompts, landscape.n), 0.5)
+    kept, exact = random_kept(landscape, 0.5).float()[None], landscape.gradient(flat, all_rows(landscape), 0)[1]
+    before = landscape.losses(kept, rows)
+    landscape.try_half()
+    assert landscape.half
+    near = landscape.gradient(flat, rows, 0)[1]
+    assert not torch.equal(near, exact) and torch.nn.functional.cosine_similarity(near, exact).min() > 0.97
+    assert near.dtype == torch.float32 and torch.equal(landscape.losses(kept, rows).loss, before.loss)
+
+
+@pytest.mark.parametrize("what", ["raises", "differs", "half already", "other machine"])
+def test_bfloat16_is_left_where_it_does_not_serve(frozen_toy: Toy, what: str, able: None, monkeypatch: pytest.MonkeyPatch,
+                                                  no_hooks_left: Any) -> None:
+    def odd(activation: Tensor, hook: Any) -> Tensor | None:
+        if not torch.is_autocast_enabled("cpu"):
+            return None
+        if what == "raises":
+            raise RuntimeError("expected scalar type Float but found BFloat16")
+        return activation.roll(1, 0)
+
+    landscape = landscape_of(frozen_toy)
+    model = landscape.reference.model
+    if what == "half already":
+        monkeypatch.setattr(model, "parameters", lambda: iter([torch.zeros(1, dtype=torch.bfloat16)]))
+    if what == "other machine":
+        monkeypatch.setattr("tl_nodeprune.masks.landscape._fast_at_half", lambda device: False)
+    with temporary_hooks(model, [("blocks.1.hook_resid_post", odd)] if what in ("raises", "differs") else []):
+        landscape.try_half()
+    assert not landscape.half
+    no_hooks_left(model)
 
 
 @pytest.mark.parametrize("granularities", [None, ("attn", "head", "mlp", "mlp_neuron"), ("layer", "head", "mlp_neuron")])
